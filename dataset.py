@@ -1,0 +1,276 @@
+"""LEVIR-CD pairs from files to tensors: pairing, decoding, cropping, augmenting, complaints about bad input."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.contrib.concurrent import thread_map
+
+FOLDERS = ("A", "B", "label")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+LUMA = (0.2989, 0.587, 0.114)  # red, green, blue to grey, ITU-R BT.601 as torchvision rounds it
+
+
+class DataError(ValueError):
+    """Input that can't be used; the message says what is wrong, in which file, and what to do."""
+
+
+class LEVIRCD(Dataset):
+    """Pairs of co-registered images and the mask of what changed (LEVIR-CD: Chen and Shi 2020, doi:10.3390/rs12101662).
+
+    An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, 1}.
+    Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
+    bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop of the
+    same image: turned by a quarter, mirrored, and its dates swapped, each at random.
+
+    Args:
+        root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif}`, one stem for the three files of a pair.
+        split: "train", "val", "test" or any other folder of `root`.
+        crop_size: side of a crop or tile in pixels; None for whole images.
+        augment: random crops instead of tiles.
+        cache_dir: folder for the decoded pairs, 7 bytes a pixel, filled once and shared by all processes;
+            None decodes the files at each access.
+
+    Raises:
+        DataError: files are missing, unreadable, of differing sizes, smaller than the crop, or not a mask.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        split: str,
+        crop_size: int | None = None,
+        augment: bool = False,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> None:
+        self.folder = Path(root) / split
+        self.crop_size, self.augment = crop_size, augment
+        self.pairs = _find_pairs(self.folder)
+        sizes = [_check_headers(paths) for paths in self.pairs]
+        if augment and crop_size:
+            for paths, size in zip(self.pairs, sizes, strict=True):
+                if min(size) < crop_size:
+                    raise DataError(
+                        f"{paths[0]}: {_by(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE"
+                    )
+
+        self.tiles: list[tuple[int, slice, slice]] = []  # pair, rows, columns
+        for pair, (height, width) in enumerate(sizes):
+            step_y, step_x = crop_size or height, crop_size or width
+            for y in range(0, height - step_y + 1 if augment else height, step_y):
+                for x in range(0, width - step_x + 1 if augment else width, step_x):
+                    self.tiles.append((pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))))
+
+        self._cached: list[Path] | None = None
+        if cache_dir is not None:
+            os.makedirs(cache_dir, exist_ok=True)
+            self._cached = thread_map(
+                lambda paths: _fill_cache(paths, Path(cache_dir)),
+                self.pairs,
+                desc=f"decoding {self.folder}",
+                unit="pair",
+                max_workers=os.cpu_count(),
+                leave=False,
+                disable=None,
+                delay=1,
+            )
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The item at an index; with augmentation `(index, seed)` gives the same crop each time."""
+        index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**31, ())))
+        pair, rows, columns = self.tiles[index]
+        array = np.load(self._cached[pair], mmap_mode="r") if self._cached else _decode(self.pairs[pair])
+        array = self._random_crop(array, np.random.default_rng(seed)) if self.augment else array[rows, columns]
+        array = np.ascontiguousarray(array.transpose(2, 0, 1))  # (7, H, W): the one copy
+        return tuple(torch.from_numpy(array).split([3, 3, 1]))
+
+    def name(self, index: int) -> str:
+        """What a person calls item `index`: the stem of its files and, for a tile, its row and column in pixels."""
+        pair, rows, columns = self.tiles[index]
+        stem = self.pairs[pair][0].stem
+        return f"{stem} [{rows.start}, {columns.start}]" if self.crop_size else stem
+
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that change when a file is added, removed, renamed or changes its size."""
+        lines = [f"{path.relative_to(self.folder)} {path.stat().st_size}\n" for paths in self.pairs for path in paths]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+    def batches(self, batch_size: int) -> list[list[int]]:
+        """All indices in lists of at most `batch_size` items of one height and width, for evaluation."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index, (_, rows, columns) in enumerate(self.tiles):
+            by_size.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append(index)
+        return [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
+
+    def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        height, width = array.shape[:2]
+        size_y, size_x = self.crop_size or height, self.crop_size or width
+        y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
+        array = array[y : y + size_y, x : x + size_x]
+        # A quarter turn of an oblong whole image would not fit into a batch with the others.
+        array = np.rot90(array, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
+        if rng.random() < 0.5:
+            array = array[:, ::-1]
+        return array[..., [3, 4, 5, 0, 1, 2, 6]] if rng.random() < 0.5 else array
+
+
+def color_jitter(images: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
+    """Random brightness, contrast, saturation and hue, drawn for each image of a batch on its own.
+
+    The first three multiply as torchvision's `adjust_*` do, by factors drawn from 1 ± strength; the hue is turned
+    about the grey axis by up to ± hue of a full circle. A strength of 0 turns its part off.
+
+    Args:
+        images: (N, 3, H, W), uint8, on any device.
+        brightness: strength, 0..1.
+        contrast: strength, 0..1.
+        saturation: strength, 0..1.
+        hue: strength as a share of the colour circle, 0..0.5.
+
+    Returns:
+        float32 (N, 3, H, W) in 0..1.
+    """
+
+    def draw(strength: float) -> Tensor:
+        return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(-strength, strength)
+
+    luma = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
+    images = images.float() / 255
+    images = (images * (1 + draw(brightness))).clamp(0, 1)
+    grey = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    images = torch.lerp(grey, images, 1 + draw(contrast)).clamp(0, 1)
+    grey = (images * luma).sum(1, keepdim=True)
+    images = torch.lerp(grey, images, 1 + draw(saturation)).clamp(0, 1)
+    return _turn_hue(images, 2 * np.pi * draw(hue)) if hue else images
+
+
+def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
+    """Rotate each colour about the grey axis (Rodrigues' formula) by `angle`, radians, (N, 1, 1, 1)."""
+    mean = images.mean(1, keepdim=True)
+    cross = (images.roll(1, 1) - images.roll(-1, 1)) / 3**0.5  # the unit grey axis × the colour
+    return (mean + (images - mean) * angle.cos() + cross * angle.sin()).clamp(0, 1)
+
+
+def _find_pairs(folder: Path) -> list[tuple[Path, Path, Path]]:
+    """The files of A, B and label with one stem, in the order of their stems."""
+    found: list[dict[str, Path]] = []
+    for name in FOLDERS:
+        if not (folder / name).is_dir():
+            raise DataError(f"{folder / name}: no such folder; a split holds A, B and label (see data/README.md)")
+        files: dict[str, Path] = {}
+        for entry in os.scandir(folder / name):
+            path = Path(entry.path)
+            if path.suffix.lower() not in SUFFIXES or entry.name.startswith(".") or not entry.is_file():
+                continue
+            if path.stem in files:
+                raise DataError(f"{path}: a second file beside {files[path.stem].name} for one pair; remove one")
+            files[path.stem] = path
+        found.append(files)
+    stems = sorted(set().union(*found))
+    if not stems:
+        raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in A, B and label")
+    for stem in stems:
+        for name, files in zip(FOLDERS, found, strict=True):
+            if stem not in files:
+                there = next(other[stem] for other in found if stem in other)
+                raise DataError(f"{there}: no file of that name in {folder / name}; add it or remove this one")
+    return [tuple(files[stem] for files in found) for stem in stems]
+
+
+def _open(path: Path) -> Image.Image:
+    """The image with its header read and its kind checked, its pixels not decoded yet."""
+    try:
+        image = Image.open(path)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: can't be read as an image ({error}); replace the file") from error
+    raw_mode = image.tile[0].args if image.tile else ""
+    raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
+    if ";16" in raw_mode or image.mode[0] in "IF":  # Pillow drops the low byte of 16-bit colour in silence
+        raise DataError(f"{path}: more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB")
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        raise DataError(f"{path}: colour mode {image.mode}; convert it to 8-bit RGB")
+    return image
+
+
+def _check_headers(paths: tuple[Path, Path, Path]) -> tuple[int, int]:
+    """The height and width that the three files of a pair share."""
+    sizes = []
+    for path in paths:
+        with _open(path) as image:
+            sizes.append(image.size[::-1])
+    for path, size in zip(paths[1:], sizes[1:], strict=True):
+        if size != sizes[0]:
+            raise DataError(f"{path}: {_by(size)} pixels, but {paths[0]} has {_by(sizes[0])}; a pair needs one size")
+    return sizes[0]
+
+
+def _decode(paths: tuple[Path, Path, Path]) -> np.ndarray:
+    """uint8 (H, W, 7): three bands before, three after, and the mask in {0, 1}."""
+    return np.dstack([_read_rgb(paths[0]), _read_rgb(paths[1]), _read_mask(paths[2])])
+
+
+def _read_rgb(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3) of any 8-bit image without transparency."""
+    with _open(path) as image:
+        try:
+            if image.has_transparency_data:
+                if image.convert("RGBA").getextrema()[3][0] < 255:
+                    raise DataError(f"{path}: partly transparent; flatten it to RGB")
+            return np.asarray(image.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
+
+
+def _read_mask(path: Path) -> np.ndarray:
+    """uint8 (H, W) in {0, 1} of a mask in {0, 1} or {0, 255}, in any mode that shows it."""
+    rgb = _read_rgb(path)
+    mask = rgb[..., 0]
+    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    if not (np.isin(values, (0, 255)).all() or np.isin(values, (0, 1)).all()) or (rgb != mask[..., None]).any():
+        with _open(path) as image:  # a palette may show the classes 0 and 1 in any two colours
+            mask = np.asarray(image) if image.mode == "P" else mask
+        if mask.max() > 1:
+            shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
+            raise DataError(f"{path}: a mask holds 0 and 255 (or 0 and 1) alone, this one {shown}; save it as PNG")
+    return (mask > 0).astype(np.uint8)
+
+
+def _fill_cache(paths: tuple[Path, Path, Path], cache_dir: Path) -> Path:
+    """The decoded pair as an .npy file, written unless one of these very files is there already."""
+    where = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:12]
+    stats = [path.stat() for path in paths]
+    state = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()).hexdigest()[:12]
+    cached = cache_dir / f"{where}-{state}.npy"
+    if not cached.exists():
+        array = _decode(paths)
+        # Written aside and renamed: another process sees the whole file or none.
+        with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".part", delete=False) as part:
+            try:
+                np.save(part, array)
+                part.close()
+                os.replace(part.name, cached)
+            except BaseException:
+                os.unlink(part.name)
+                raise
+        for stale in glob.glob(f"{glob.escape(str(cache_dir / where))}-*.npy"):
+            if stale != str(cached):
+                os.unlink(stale)
+    return cached
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[1]} × {size[0]}"

@@ -1,0 +1,393 @@
+"""Train FusionUNet on LEVIR-CD: `python main.py`, or `python main.py CONSTANT=value …` to change a constant once."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+import mlflow
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data.make_demo import make_demo
+from dataset import LEVIRCD, DataError, color_jitter
+from losses import CombinedIoULoss
+from metrics import ChangeMetrics
+from model import FusionUNet, ModelError
+from visualize import plot_predictions
+
+# DATA
+DATA_DIR: str = "data"  # folder that holds train, val and, if you like, test; without data/train a demo is drawn
+CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
+CROP_SIZE: int | None = 256  # pixels, a side, in training and in validation; None: whole images
+BRIGHTNESS: float = 0.2  # colour jitter, drawn for each image: factor 1 ± this; 0: off
+CONTRAST: float = 0.2  # likewise
+SATURATION: float = 0.2  # likewise
+HUE: float = 0.02  # likewise, as ± a share of the colour circle, up to 0.5; 0: off
+
+# MODEL
+WEIGHTS: str | None = "IMAGENET1K_V1"  # of torchvision's ResNet-50, fetched once (98 MB); None: untrained
+FREEZE_BACKBONE: bool = True  # False trains the ResNet-50 too: 29 M parameters instead of 5 M
+
+# OPTIMISATION
+BATCH_SIZE: int = 16  # pairs a step; halve it when the GPU's memory runs out
+EPOCHS: int = 100  # passes over the training split, 7,120 crops of 256 each for LEVIR-CD
+LEARNING_RATE: float = 1e-3  # its peak, for AdamW
+WEIGHT_DECAY: float = 1e-2  # AdamW's, decoupled; 0: off
+WARMUP_EPOCHS: float = 1.0  # the learning rate rises this long, then falls as a cosine to 0; 0: off
+CLIP_NORM: float | None = 1.0  # largest norm of a step's gradient; None: off
+ALPHA: float = 0.5  # weight of BCE in the loss, the rest is soft IoU; 0..1
+
+# RUNTIME
+DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
+AMP: bool = True  # bfloat16 where it is safe, on CUDA alone; False: float32
+NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
+SEED: int = 0  # of the weights, the order, the crops and the colours
+RUN_NAME: str | None = None  # folder under runs/; None: date and time
+
+# What changes where there is no data yet: minutes on two CPU cores, and nothing to download.
+DEMO = {"CROP_SIZE": 128, "WEIGHTS": None, "BATCH_SIZE": 4, "EPOCHS": 2, "WARMUP_EPOCHS": 0.2}
+
+
+class ConstantError(ValueError):
+    """A constant that doesn't exist or can't have this value; the message says what can be."""
+
+
+def main(**overrides: object) -> dict[str, float]:
+    """Train, keep the best epoch by validation IoU, draw its predictions and score it once on the test split.
+
+    Args:
+        **overrides: constants of this module to change for this run.
+
+    Returns:
+        The best epoch's scores: `val_iou`, `val_dice`, `val_loss`, … and, where there is a test split, `test_iou`, ….
+
+    Raises:
+        ConstantError: an unknown constant, or a value that it can't have.
+        DataError: input that can't be used.
+        ModelError: the backbone's weights can't be had.
+    """
+    config, demo = configure(overrides)
+    device = pick_device(config.DEVICE)
+    loaders = make_loaders(config, device)
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    torch.manual_seed(config.SEED)
+    model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE).to(device, memory_format=torch.channels_last)
+    criterion = CombinedIoULoss(config.ALPHA)
+
+    with RunLog(config, demo, device, loaders) as log:
+        scores = prefixed("val", fit(model, criterion, loaders, config, log))
+        best = FusionUNet.load(log.folder / "best.pt", device)
+        if "test" in loaders:
+            scores |= prefixed("test", run_pass(best, loaders["test"], criterion, config, name="test"))
+        log.finish(best, loaders["val"].dataset, scores)
+    print("best epoch by validation IoU:", *(f"{name} {scores[name]:.4f}" for name in scores if name.endswith("_iou")))
+    print(f"see {log.folder}: best.pt, metrics.csv, validation_predictions.png and more")
+    return scores
+
+
+def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, bool]:
+    """The constants with the overrides put in, and whether this is the demo, which is drawn if need be."""
+    hints = typing.get_type_hints(sys.modules[__name__])
+    constants = {name: globals()[name] for name in hints}
+    for name, value in overrides.items():
+        if name not in constants:
+            raise ConstantError(f"{name}: no such constant; there are {', '.join(constants)}")
+        overrides[name] = checked(name, value, hints[name])
+    demo = "DATA_DIR" not in overrides and not Path(DATA_DIR, "train").is_dir()
+    if demo:
+        constants |= DEMO | {"DATA_DIR": str(Path(DATA_DIR, "demo"))}
+        print(f"NO DATA in {DATA_DIR}/train (see data/README.md): TRAINING ON THE DEMO, {DATA_DIR}/demo", flush=True)
+        if not Path(DATA_DIR, "demo").is_dir():
+            make_demo(Path(DATA_DIR, "demo"))
+    return SimpleNamespace(**constants | overrides), demo
+
+
+def checked(name: str, value: object, hint: type) -> object:
+    """The value, if the constant can have it; a whole number will do for a fraction."""
+    if type(value) is int and isinstance(0.5, hint):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConstantError(f"{name}={value}: must be {getattr(hint, '__name__', hint)}")
+    if isinstance(value, int | float):
+        least = 1 if name in ("CROP_SIZE", "BATCH_SIZE", "EPOCHS") else 0
+        most = {"ALPHA": 1, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1, "HUE": 0.5}.get(name, sys.maxsize)
+        if not least <= value <= most:
+            raise ConstantError(f"{name}={value}: must be {least} to {most}")
+    if name == "RUN_NAME" and value is not None and (Path(value).name != value or Path("runs", value).exists()):
+        raise ConstantError(f"RUN_NAME={value}: must be a new folder's name; runs/{value} is there or is no such name")
+    return value
+
+
+def parse(arguments: list[str]) -> dict[str, object]:
+    """Overrides from `CONSTANT=value` on the command line; numbers, True, False and None are read as such."""
+    hints, overrides = typing.get_type_hints(sys.modules[__name__]), {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            raise ConstantError(f"{argument}: give CONSTANT=value; there are {', '.join(hints)}")
+        if value == "None" or not isinstance("", hints.get(name, str)):
+            with contextlib.suppress(ValueError, SyntaxError):  # what is no literal stays text, for `checked` to refuse
+                value = ast.literal_eval(value)
+        overrides[name] = value
+    return overrides
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, once it was seen to work."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConstantError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
+    return device
+
+
+class RandomDraws(Sampler):
+    """Each index once, in random order, with the seed of its crop; all of it follows from torch's seed."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(torch.randperm(self.length).tolist(), torch.randint(2**31, (self.length,)).tolist(), strict=True)
+
+
+def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, DataLoader]:
+    """Loaders of train, val and, where there is one, test; whatever is wrong with the files comes up here."""
+    on_gpu = device.type == "cuda"
+    workers = config.NUM_WORKERS if config.NUM_WORKERS is not None else min(8, os.cpu_count()) if on_gpu else 0
+    loaders = {}
+    for split in ("train", "val", "test"):
+        if split == "test" and not Path(config.DATA_DIR, split).is_dir():
+            continue
+        dataset = LEVIRCD(config.DATA_DIR, split, config.CROP_SIZE, split == "train", config.CACHE_DIR)
+        if split == "train":
+            full = len(dataset) >= config.BATCH_SIZE  # else the one batch there is
+            sampling = {"sampler": RandomDraws(len(dataset)), "batch_size": config.BATCH_SIZE, "drop_last": full}
+        else:
+            sampling = {"batch_sampler": dataset.batches(config.BATCH_SIZE)}
+        loaders[split] = DataLoader(
+            dataset, num_workers=workers, pin_memory=on_gpu, persistent_workers=workers > 0, **sampling
+        )
+    return loaders
+
+
+def fit(
+    model: FusionUNet, criterion: nn.Module, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog
+) -> dict[str, float]:
+    """Train for EPOCHS, validate, log and save after each; returns the validation scores of the epoch in best.pt."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY)
+    steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
+    best: dict[str, float] = {"iou": -1.0}
+    for epoch in range(1, config.EPOCHS + 1):
+        # An epoch's order, crops and colours follow from the seed and its number alone.
+        torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
+        train = run_pass(model, loaders["train"], criterion, config, optimizer, scheduler, f"epoch {epoch}")
+        val = run_pass(model, loaders["val"], criterion, config, name="validation")
+        is_best = val["iou"] > best["iou"]
+        checkpoint = {"model_args": model.model_args(), "model": model.state_dict(), "epoch": epoch, "scores": val}
+        if is_best:
+            best = val
+            save(checkpoint, log.folder / "best.pt")
+        checkpoint |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "best": best}
+        save(checkpoint, log.folder / "last.pt")
+        log.epoch(epoch, train, val, scheduler.get_last_lr()[0], model, loaders["val"].dataset)
+        print(
+            f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
+            f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {train['pairs_per_second']:.1f} pairs/s"
+            f"{', the best so far' if is_best else ''}",
+            flush=True,
+        )
+    return best
+
+
+def run_pass(
+    model: FusionUNet,
+    loader: DataLoader,
+    criterion: nn.Module,
+    config: SimpleNamespace,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    name: str = "",
+) -> dict[str, float]:
+    """One pass over a loader: training where an optimizer is given, evaluation otherwise.
+
+    Returns:
+        `loss`, the mean over the pairs, the scores of `ChangeMetrics`, and `pairs_per_second`; one host sync.
+    """
+    training, device = optimizer is not None, next(model.parameters()).device
+    model.train(training)
+    metrics, pairs, start = ChangeMetrics(), 0, time.perf_counter()
+    loss_sum = torch.zeros((), device=device)
+    shown = torch.zeros((), pin_memory=device.type == "cuda")  # the last loss that came in, read without waiting
+    bar = tqdm(total=len(loader.dataset), desc=name, unit="pair", leave=False, disable=None)
+    with torch.set_grad_enabled(training), bar:
+        for batch in loader:
+            image_a, image_b, label = (tensor.to(device, non_blocking=True) for tensor in batch)
+            if training:
+                strengths = config.BRIGHTNESS, config.CONTRAST, config.SATURATION, config.HUE
+                image_a, image_b = color_jitter(image_a, *strengths), color_jitter(image_b, *strengths)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and device.type == "cuda"):
+                logits = model(image_a, image_b)
+            loss = criterion(logits, label)
+            if training:
+                optimizer.zero_grad()
+                loss.backward()
+                if config.CLIP_NORM is not None:
+                    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.CLIP_NORM)
+                optimizer.step()
+                scheduler.step()
+            metrics.update(logits.detach(), label)
+            loss_sum += loss.detach() * len(label)
+            shown.copy_(loss.detach(), non_blocking=True)
+            pairs += len(label)
+            bar.set_postfix(loss=f"{shown.item():.4f}", refresh=False)
+            bar.update(len(label))
+    scores = {"loss": loss_sum.item() / pairs, **metrics.compute()}
+    return scores | {"pairs_per_second": pairs / (time.perf_counter() - start)}
+
+
+def warmup_cosine(step: int, warmup: float, steps: int) -> float:
+    """Factor of the peak learning rate: a linear rise over `warmup` steps, then a half cosine to 0 at `steps`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup)))) / 2
+
+
+def save(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint whole or not at all: beside its place first, then renamed into it."""
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+class RunLog:
+    """A run's folder, TensorBoard log and MLflow run; as a context it tells MLflow how the run ended."""
+
+    def __init__(self, config: SimpleNamespace, demo: bool, device: torch.device, loaders: dict[str, DataLoader]):
+        self.folder = Path("runs", config.RUN_NAME or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        self.folder.mkdir(parents=True)
+        self.device = device
+        modules = (torch, torchvision, np, matplotlib, mlflow)
+        self.record = {
+            "constants": vars(config),
+            "demo": demo,
+            "data": {split: loader.dataset.fingerprint() for split, loader in loaders.items()},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "git": git_commit(),
+            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
+        }
+        (self.folder / "constants.json").write_text(json.dumps(self.record, indent=2) + "\n")
+        sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
+        print(f"{self.folder}: {sizes} items of {config.DATA_DIR} on {self.record['device']}", flush=True)
+
+    def __enter__(self) -> RunLog:
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+        mlflow.set_experiment("LEVIRCD-FusionUNet")
+        mlflow.start_run(run_name=self.folder.name)
+        mlflow.set_tags({"demo": self.record["demo"], "git": self.record["git"]})
+        mlflow.log_params(self.record["constants"])
+        self.writer = SummaryWriter(self.folder)
+        self.writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
+        return self
+
+    def epoch(
+        self,
+        epoch: int,
+        train: dict[str, float],
+        val: dict[str, float],
+        learning_rate: float,
+        model: FusionUNet,
+        dataset: LEVIRCD,
+    ) -> None:
+        """Log an epoch's numbers and draw the same few validation pairs."""
+        row = {**prefixed("train", train), **prefixed("val", val), "learning_rate": learning_rate}
+        if self.device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        with open(self.folder / "metrics.csv", "a", newline="") as file:
+            table = csv.DictWriter(file, ["epoch", *row])
+            if epoch == 1:
+                table.writeheader()
+            table.writerow({"epoch": epoch, **row})
+        for name, value in row.items():
+            self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+        mlflow.log_metrics(row, step=epoch)
+        picture = self.folder / "predictions" / f"epoch_{epoch:03}.png"
+        figure = plot_predictions(model, dataset, self.device, num_samples=4, path=picture)
+        self.writer.add_figure("predictions", figure, epoch, close=False)
+        self.writer.flush()
+
+    def finish(self, model: FusionUNet, dataset: LEVIRCD, scores: dict[str, float]) -> None:
+        """Draw the best model's validation predictions, write the test scores, hand the files to MLflow."""
+        picture = self.folder / "validation_predictions.png"
+        plot_predictions(model, dataset, self.device, path=picture)
+        os.makedirs("images", exist_ok=True)
+        shutil.copy(picture, "images")
+        if test := {name: value for name, value in scores.items() if name.startswith("test_")}:
+            (self.folder / "test_metrics.json").write_text(json.dumps(test, indent=2) + "\n")
+            mlflow.log_metrics(test)
+        for file in ("best.pt", "constants.json", "metrics.csv", "test_metrics.json", picture.name):
+            if (self.folder / file).exists():
+                mlflow.log_artifact(str(self.folder / file))
+        mlflow.log_artifacts(str(self.folder / "predictions"), "predictions")
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.writer.close()
+        stopped = error is not None and not issubclass(error, Exception)  # KeyboardInterrupt or SystemExit
+        mlflow.end_run("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
+
+
+def git_commit() -> str:
+    """The commit of this code, with `-dirty` where files differ from it; "unknown" outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):  # no git
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() or "unknown"
+    return "unknown"
+
+
+def prefixed(split: str, scores: dict[str, float]) -> dict[str, float]:
+    """The scores under the names `split_score`."""
+    return {f"{split}_{name}": value for name, value in scores.items()}
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        main(**parse(sys.argv[1:]))
+    except (ConstantError, DataError, ModelError) as error:
+        sys.exit(f"error: {str(error).splitlines()[-1]}")  # the last line is the message, from a worker too

@@ -1,0 +1,224 @@
+"""FusionUNet: a UNet over a frozen ResNet-50 that sees both dates and fuses their features at every scale."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+FUSED_CHANNELS = (32, 64, 128, 192, 256)  # width of the decoder at strides 2, 4, 8, 16 and 32
+
+
+class ModelError(RuntimeError):
+    """Weights or a checkpoint that can't be had or don't fit; the message names the file and the way out."""
+
+
+class ConvNormReLU(nn.Sequential):
+    """k × k convolution that keeps the size, BatchNorm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class Fusion(nn.Module):
+    """Both dates' features, narrowed by one 1 × 1 convolution for both; their sum and |difference| mixed by a 3 × 3.
+
+    Sum and absolute difference hold both dates' features but not their order: a detector need not learn
+    twice, for houses built and for houses pulled down, where a house begins or ends.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.narrow = ConvNormReLU(in_channels, out_channels, 1)
+        self.mix = ConvNormReLU(2 * out_channels, out_channels, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        before, after = self.narrow(features).chunk(2)  # (N, out_channels, h, w) each
+        return self.mix(torch.cat([before + after, (before - after).abs()], dim=1))
+
+
+class Up(nn.Module):
+    """Decoder step: enlarge to the skip's size, concatenate, two 3 × 3 convolutions."""
+
+    def __init__(self, in_channels: int, skip_channels: int):
+        super().__init__()
+        self.conv1 = ConvNormReLU(in_channels + skip_channels, skip_channels, 3)
+        self.conv2 = ConvNormReLU(skip_channels, skip_channels, 3)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        return self.conv2(self.conv1(torch.cat([x, skip], dim=1)))
+
+
+class FusionUNet(nn.Module):
+    """Change logits from two co-registered images.
+
+    A Siamese UNet (Ronneberger et al. 2015, doi:10.1007/978-3-319-24574-4_28; Daudt et al. 2018,
+    doi:10.1109/ICIP.2018.8451652) whose encoder is torchvision's ResNet-50 (He et al. 2016,
+    doi:10.1109/CVPR.2016.90).
+
+    Args:
+        weights: name of a `torchvision.models.ResNet50_Weights` member; None for an untrained backbone.
+        freeze_backbone: the backbone gets no gradients and its BatchNorm statistics stay as they are, in training too.
+        out_channels: logits per pixel.
+
+    Raises:
+        ModelError: the weights have an unknown name or can't be fetched.
+    """
+
+    def __init__(
+        self, weights: str | None = "IMAGENET1K_V1", freeze_backbone: bool = True, out_channels: int = 1
+    ) -> None:
+        super().__init__()
+        self.freeze_backbone = freeze_backbone
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+        resnet = _resnet50(weights)
+        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
+        self.maxpool = resnet.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
+        if freeze_backbone:
+            for module in self._backbone():
+                module.requires_grad_(False)
+
+        c2, c4, c8, c16, c32 = FUSED_CHANNELS
+        self.fuse2, self.fuse4 = Fusion(64, c2), Fusion(256, c4)
+        self.fuse8, self.fuse16, self.fuse32 = Fusion(512, c8), Fusion(1024, c16), Fusion(2048, c32)
+        self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
+        self.head = nn.Conv2d(c2, out_channels, 1)
+        self.train()
+
+    def forward(self, image_a: Tensor, image_b: Tensor) -> Tensor:
+        """Logits of change.
+
+        Args:
+            image_a: the image before, (N, 3, H, W), uint8 or float in 0..1; any H and W.
+            image_b: the image after, likewise.
+
+        Returns:
+            (N, out_channels, H, W); positive means changed.
+        """
+        f2, f4, f8, f16, f32 = self.encode(image_a, image_b)
+        x = self.fuse32(f32)  # (N, 256, H/32, W/32)
+        x = self.up16(x, self.fuse16(f16))  # (N, 192, H/16, W/16)
+        x = self.up8(x, self.fuse8(f8))  # (N, 128, H/8, W/8)
+        x = self.up4(x, self.fuse4(f4))  # (N, 64, H/4, W/4)
+        x = self.up2(x, self.fuse2(f2))  # (N, 32, H/2, W/2)
+        logits = self.head(x)  # (N, out_channels, H/2, W/2)
+        return F.interpolate(logits, size=image_a.shape[-2:], mode="bilinear", align_corners=False)
+
+    def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
+        """The backbone's features of both dates, first all A then all B, at strides 2, 4, 8, 16 and 32."""
+        images = torch.cat([image_a, image_b])  # (2N, 3, H, W)
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            f2 = self.stem(images)  # (2N, 64, H/2, W/2)
+            f4 = self.layer1(self.maxpool(f2))  # (2N, 256, H/4, W/4)
+            f8 = self.layer2(f4)  # (2N, 512, H/8, W/8)
+            f16 = self.layer3(f8)  # (2N, 1024, H/16, W/16)
+            f32 = self.layer4(f16)  # (2N, 2048, H/32, W/32)
+        return [f2, f4, f8, f16, f32]
+
+    def train(self, mode: bool = True) -> FusionUNet:
+        """Training mode for all but a frozen backbone, whose BatchNorm would otherwise go on learning."""
+        super().train(mode)
+        if self.freeze_backbone:
+            for module in self._backbone():
+                module.eval()
+        return self
+
+    def predict(self, image_a: Tensor, image_b: Tensor) -> Tensor:
+        """Probability of change for one pair, on the model's device, without gradients.
+
+        Args:
+            image_a: the image before, (3, H, W), uint8 or float in 0..1.
+            image_b: the image after, likewise.
+
+        Returns:
+            float32 (H, W) in 0..1, on the CPU.
+        """
+        was_training, device = self.training, self.mean.device
+        self.eval()
+        with torch.inference_mode():
+            logits = self(image_a[None].to(device), image_b[None].to(device))
+        self.train(was_training)
+        return logits[0, 0].float().sigmoid().cpu()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device | None = None) -> FusionUNet:
+        """The model of a checkpoint that a run wrote (`best.pt`, `last.pt`), ready to predict; fetches no weights.
+
+        Args:
+            path: the checkpoint.
+            device: None takes the GPU where there is one.
+
+        Raises:
+            ModelError: no such file, not a checkpoint, or one of another model.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not Path(path).is_file():
+            raise ModelError(f"{path}: no such checkpoint")
+        try:
+            checkpoint = dict(torch.load(path, map_location=device, weights_only=True))
+            model = cls(weights=None, **checkpoint["model_args"])
+            model.load_state_dict(checkpoint["model"])
+        except Exception as error:  # torch.load has no error of its own: a broken file raises what its reader meets
+            raise ModelError(
+                f"{path}: not a FusionUNet checkpoint, or a damaged one ({type(error).__name__}); "
+                "give the best.pt or last.pt of a run"
+            ) from error
+        return model.to(device, memory_format=torch.channels_last).eval()
+
+    def model_args(self) -> dict:
+        """What `load` needs, beside the weights, to build this model again."""
+        return {"freeze_backbone": self.freeze_backbone, "out_channels": self.head.out_channels}
+
+    def _backbone(self) -> list[nn.Module]:
+        return [self.stem, self.layer1, self.layer2, self.layer3, self.layer4]
+
+
+def _resnet50(weights: str | None) -> torchvision.models.ResNet:
+    """The ResNet-50, its weights from torchvision's cache or fetched into it."""
+    known = torchvision.models.ResNet50_Weights
+    if weights is None:
+        return _untrained_resnet50()
+    if weights not in known.__members__:
+        raise ModelError(f"WEIGHTS={weights}: unknown; there are {', '.join(known.__members__)} and None")
+    try:
+        return torchvision.models.resnet50(weights=weights)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # not fetched, or a broken file
+        url, reason = known[weights].url, str(error).partition("\n")[0]
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        raise ModelError(
+            f"the ImageNet weights can't be had ({reason}): put {url} at {file}, or set WEIGHTS=None to do without"
+        ) from error
+
+
+def _untrained_resnet50() -> torchvision.models.ResNet:
+    """A ResNet-50 of random weights whose BatchNorm statistics were measured on noise.
+
+    At their start values, 0 and 1, frozen statistics normalise nothing, and what tells one place from another
+    fades from stage to stage (data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856).
+    """
+    resnet = torchvision.models.resnet50()
+    norms = [module for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the statistics of the one batch, not a share of them
+    octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
+    with torch.no_grad():
+        resnet.train()(sum(octaves))
+    for norm in norms:
+        norm.momentum = 0.1
+    return resnet

@@ -1,0 +1,326 @@
+"""LEVIRCD and color_jitter on files written for the purpose, and on real pairs where there are any."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_pair, write_pair
+from PIL import Image
+from torchvision.transforms.v2 import functional
+
+import dataset
+from dataset import LEVIRCD, DataError, color_jitter
+
+RNG = np.random.default_rng(0)
+
+
+def located_pair(height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A pair whose every pixel says where it is and of which date; the label is the parity of both coordinates."""
+    y, x = np.indices((height, width), dtype=np.uint8)
+    return np.dstack([y, x, 0 * y]), np.dstack([y, x, 0 * y + 1]), ((y // 2 + x) % 2) * 255
+
+
+def save_everywhere(folder: Path, name: str, image: Image.Image) -> None:
+    for part in ("A", "B", "label"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        image.save(folder / part / name)
+
+
+# Reading
+
+
+def test_pairs_by_stem_and_passes_over_strays(tmp_path):
+    folder = tmp_path / "train"
+    pairs = {stem: random_pair(RNG, 8, 10) for stem in ("b", "a.x", "ç ñ")}
+    for stem, pair in pairs.items():
+        write_pair(folder, stem, *pair)
+    (folder / "A" / "b.png").rename(folder / "A" / "b.PNG")
+    Image.open(folder / "B" / "b.png").save(folder / "B" / "b.TIF")
+    (folder / "B" / "b.png").unlink()
+    for stray in ("A/.DS_Store", "B/Thumbs.db", "label/._b.png", "A/notes.txt"):
+        (folder / stray).write_bytes(b"stray")
+    (folder / "A" / "folder.png").mkdir()
+    data = LEVIRCD(tmp_path, "train")
+    assert [data.name(index) for index in range(len(data))] == ["a.x", "b", "ç ñ"]
+    for index, stem in enumerate(("a.x", "b", "ç ñ")):
+        image_a, image_b, label = data[index]
+        assert image_a.dtype == image_b.dtype == label.dtype == torch.uint8
+        assert np.array_equal(image_a.permute(1, 2, 0), pairs[stem][0])
+        assert np.array_equal(image_b.permute(1, 2, 0), pairs[stem][1])
+        assert np.array_equal(label[0], pairs[stem][2] // 255)
+
+
+MASK = np.array([[0, 1], [1, 0], [1, 1]], np.uint8)
+
+
+def palette_mask(colours: list[int]) -> Image.Image:
+    image = Image.fromarray(MASK)
+    image.putpalette(colours)
+    return image
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.fromarray(MASK * 255),
+        Image.fromarray(MASK),
+        Image.fromarray(MASK.astype(bool)),
+        Image.fromarray(np.dstack([MASK * 255] * 3)),
+        Image.fromarray(np.dstack([MASK] * 3)),
+        Image.fromarray(np.dstack([MASK * 255] * 3 + [MASK * 0 + 255])),
+        palette_mask([0, 0, 0, 255, 255, 255]),
+        palette_mask([0, 0, 0, 128, 0, 0]),  # as annotation tools colour class 1
+        Image.fromarray((1 - MASK) * 255).point(lambda value: 255 - value).convert("P"),
+    ],
+    ids=["L-255", "L-1", "1", "RGB-255", "RGB-1", "RGBA", "P-white", "P-red", "P-grey"],
+)
+def test_masks_of_every_kind(tmp_path, image):
+    write_pair(tmp_path / "val", "x", *[np.zeros((3, 2, 3), np.uint8)] * 2, MASK)
+    image.save(tmp_path / "val" / "label" / "x.png")
+    assert np.array_equal(LEVIRCD(tmp_path, "val")[0][2][0], MASK)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+def test_images_of_every_kind(tmp_path, mode):
+    rgb = Image.fromarray(RNG.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    write_pair(tmp_path / "val", "x", *[np.zeros((8, 8, 3), np.uint8)] * 2, np.zeros((8, 8), np.uint8))
+    image = rgb.convert(mode)
+    image.save(tmp_path / "val" / "A" / "x.png")
+    assert np.array_equal(LEVIRCD(tmp_path, "val")[0][0].permute(1, 2, 0), np.asarray(image.convert("RGB")))
+
+
+# Tiles and crops
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((64, 64), 16), ((50, 37), 12), ((16, 16), 1), ((7, 9), 1)])
+def test_tiles_hold_each_pixel_once(tmp_path, size, tiles):
+    write_pair(tmp_path / "val", "x", *located_pair(*size))
+    data = LEVIRCD(tmp_path, "val", crop_size=16)
+    pixels = torch.cat([data[index][0].flatten(1) for index in range(len(data))], 1)
+    assert len(data) == tiles
+    assert pixels.shape[1] == size[0] * size[1] == len(set(map(tuple, pixels.T.tolist())))
+
+
+def test_an_epoch_is_as_many_crops_as_fit_side_by_side(tmp_path):
+    write_pair(tmp_path / "train", "x", *random_pair(RNG, 64, 64))
+    write_pair(tmp_path / "train", "y", *random_pair(RNG, 40, 50))
+    assert len(LEVIRCD(tmp_path, "train", crop_size=16, augment=True)) == 16 + 2 * 3
+
+
+def test_crops_stay_together_and_take_every_turn(tmp_path):
+    write_pair(tmp_path / "train", "x", *located_pair(40, 50))
+    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True)
+    turns, swaps, corners = set(), 0, set()
+    for draw in range(400):
+        image_a, image_b, label = data[draw % len(data)]
+        y, x = image_a[0].int(), image_a[1].int()
+        assert torch.equal(image_a[:2], image_b[:2])
+        assert torch.equal(label[0].int(), (y // 2 + x) % 2)
+        assert image_a[2, 0, 0] + image_b[2, 0, 0] == 1
+        swaps += int(image_a[2, 0, 0])
+        turns.add(tuple((int(y[i, j] - y[8, 8]), int(x[i, j] - x[8, 8])) for i, j in ((7, 8), (8, 7))))
+        corners.add((int(y.min()), int(x.min())))
+        assert len(set(zip(y.flatten().tolist(), x.flatten().tolist(), strict=True))) == 256
+    assert len(turns) == 8 and 150 < swaps < 250
+    assert {y for y, _ in corners} == set(range(25)) and {x for _, x in corners} == set(range(35))
+
+
+def test_a_seed_gives_the_same_crop_again(tmp_path):
+    write_pair(tmp_path / "train", "x", *random_pair(RNG, 64, 64))
+    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True)
+    first, again, other = data[3, 7], data[3, 7], data[3, 8]
+    assert all(map(torch.equal, first, again)) and not all(map(torch.equal, first, other))
+
+
+def test_batches_hold_one_size_and_every_item(tmp_path):
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 40, 50))
+    data = LEVIRCD(tmp_path, "val", crop_size=16)
+    batches = data.batches(2)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(data)))
+    assert all(len({data[index][2].shape for index in batch}) == 1 and len(batch) <= 2 for batch in batches)
+
+
+# The cache
+
+
+def test_cache_gives_the_same_and_follows_the_files(tmp_path):
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
+    cache = tmp_path / "cache"
+    plain, cached = LEVIRCD(tmp_path, "val", 16), LEVIRCD(tmp_path, "val", 16, cache_dir=cache)
+    assert all(map(torch.equal, sum(zip(*plain, strict=True), ()), sum(zip(*cached, strict=True), ())))
+    (entry,) = cache.iterdir()
+    before = entry.stat().st_mtime_ns
+    LEVIRCD(tmp_path, "val", cache_dir=cache)
+    assert entry.stat().st_mtime_ns == before
+
+    pair = random_pair(RNG, 32, 32)
+    write_pair(tmp_path / "val", "x", *pair)
+    os.utime(tmp_path / "val" / "B" / "x.png", ns=(1, 1))
+    assert np.array_equal(LEVIRCD(tmp_path, "val", cache_dir=cache)[0][1].permute(1, 2, 0), pair[1])
+    assert [path for path in cache.iterdir() if path != entry] and not entry.exists()
+
+
+def fill(root: Path, cache: Path) -> int:
+    return sum(int(LEVIRCD(root, "val", cache_dir=cache)[index][0].sum()) for index in range(6))
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    pairs = [random_pair(RNG, 64, 64) for _ in range(6)]
+    for index, pair in enumerate(pairs):
+        write_pair(tmp_path / "val", f"{index}", *pair)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        sums = pool.starmap(fill, [(tmp_path, tmp_path / "cache")] * 2)
+    assert sums == [sum(int(pair[0].sum()) for pair in pairs)] * 2
+    assert len(list((tmp_path / "cache").iterdir())) == 6
+
+
+# Bad input: one line that names the file
+
+
+def break_one(folder: Path, case: str) -> str:
+    """Spoil pair x of a split; returns the file that the error must name."""
+    label, image = folder / "label" / "x.png", folder / "B" / "x.png"
+    match case:
+        case "missing folder":
+            for path in (folder / "label").iterdir():
+                path.unlink()
+            (folder / "label").rmdir()
+            return str(folder / "label")
+        case "empty split":
+            for path in folder.glob("*/*"):
+                path.unlink()
+            return str(folder)
+        case "A without B":
+            image.unlink()
+            return str(folder / "B")
+        case "no label":
+            label.unlink()
+            return str(folder / "label")
+        case "sizes differ":
+            Image.new("RGB", (31, 32)).save(image)
+        case "truncated":
+            image.write_bytes(image.read_bytes()[:2000])
+        case "no bytes":
+            image.write_bytes(b"")
+        case "text":
+            image.write_text("not an image")
+        case "16-bit grey":
+            Image.fromarray(np.zeros((32, 32), np.uint16)).save(image)
+        case "16-bit colour":
+            image.write_bytes(PNG_16_BIT_RGB)
+        case "transparent":
+            Image.new("RGBA", (32, 32), (9, 9, 9, 100)).save(image)
+        case "CMYK":
+            image.unlink()
+            image = folder / "B" / "x.jpg"
+            Image.new("CMYK", (32, 32)).save(image)
+        case "two of one stem":
+            Image.new("RGB", (32, 32)).save(folder / "B" / "x.tif")
+            return str(folder / "B" / "x.")
+        case "grey label":
+            Image.fromarray(RNG.integers(0, 255, (32, 32), dtype=np.uint8)).save(label)
+            return str(label)
+        case "coloured label":
+            Image.new("RGB", (32, 32), (255, 0, 0)).save(label)
+            return str(label)
+    return str(image)
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    import struct
+    import zlib
+
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_16_bit_rgb(size: int) -> bytes:
+    """Pillow writes none, but reads it, and keeps the high bytes alone."""
+    import struct
+    import zlib
+
+    header = struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\1\2" * 3 * size) * size)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+PNG_16_BIT_RGB = png_16_bit_rgb(32)
+
+CASES = (
+    "missing folder", "empty split", "A without B", "no label", "sizes differ", "truncated", "no bytes", "text",
+    "16-bit grey", "16-bit colour", "transparent", "CMYK", "two of one stem", "grey label", "coloured label",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_in_one_line(tmp_path, case):
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
+    file = break_one(tmp_path / "val", case)
+    with pytest.raises(DataError) as error:
+        LEVIRCD(tmp_path, "val", cache_dir=tmp_path / "cache")
+    assert file in str(error.value) and "\n" not in str(error.value)
+    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+def test_an_image_smaller_than_the_crop_is_refused(tmp_path):
+    write_pair(tmp_path / "train", "x", *random_pair(RNG, 32, 64))
+    with pytest.raises(DataError, match=r"x\.png: 64 × 32 pixels are less than the crop of 48"):
+        LEVIRCD(tmp_path, "train", crop_size=48, augment=True)
+
+
+def test_fingerprint_follows_names_and_sizes(tmp_path):
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
+    first = LEVIRCD(tmp_path, "val").fingerprint()
+    assert LEVIRCD(tmp_path, "val").fingerprint() == first
+    write_pair(tmp_path / "val", "y", *random_pair(RNG, 32, 32))
+    assert LEVIRCD(tmp_path, "val").fingerprint() != first
+
+
+# Colour jitter
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["brightness", "contrast", "saturation"])
+def test_jitter_agrees_with_torchvision(part):
+    image = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8)
+    adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[part]
+    for seed in range(8):
+        strengths = [0.0] * 4
+        strengths[part] = 0.6
+        torch.manual_seed(seed)
+        ours = color_jitter(image, *strengths)
+        torch.manual_seed(seed)
+        factor = 1 + [torch.empty(1).uniform_(-s, s).item() for s in strengths][part]
+        torch.testing.assert_close(ours, adjust(image.float() / 255, factor), atol=1e-5, rtol=0)
+
+
+def test_jitter_is_drawn_for_each_image():
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).expand(6, 3, 8, 8)
+    jittered = color_jitter(images, 0.3, 0.3, 0.3, 0.1)
+    assert jittered.min() >= 0 and jittered.max() <= 1
+    assert len({tuple(image.flatten().tolist()) for image in jittered}) == 6
+
+
+def test_no_jitter_changes_nothing():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(color_jitter(images, 0, 0, 0, 0), images.float() / 255, atol=1e-6, rtol=0)
+
+
+def test_hue_turns_about_grey():
+    images = torch.rand(1, 3, 8, 8) * 0.4 + 0.3
+    third = dataset._turn_hue(images, torch.full((1, 1, 1, 1), 2 * torch.pi / 3))
+    torch.testing.assert_close(third, images.roll(1, 1))  # red becomes green, green blue, blue red
+    grey = torch.rand(1, 1, 8, 8).expand(1, 3, 8, 8)
+    torch.testing.assert_close(dataset._turn_hue(grey, torch.ones(1, 1, 1, 1)), grey)
+
+
+# Real pairs
+
+
+def test_real_pairs(real):
+    data = LEVIRCD(real, "val")
+    assert [tuple(item[0].shape) for item in data] == [(3, 1024, 1024)] * 2
+    changed = {data.name(index): data[index][2].float().mean().item() for index in range(len(data))}
+    assert changed == pytest.approx({"val_1": 0.007, "test_13": 0.098}, abs=1e-3)
+    assert len(LEVIRCD(real, "train", crop_size=256, augment=True)) == 112

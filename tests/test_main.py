@@ -1,0 +1,225 @@
+"""Whole runs of main, end to end, on a few tiny pairs."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from data.make_demo import make_demo
+from dataset import DataError
+from model import FusionUNet
+
+MAIN = Path(main.__file__)
+QUICK = {"WEIGHTS": None, "CROP_SIZE": 32, "BATCH_SIZE": 4, "EPOCHS": 2, "DEVICE": "cpu", "RUN_NAME": "run"}
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory) -> str:
+    """One MLflow database for all tests: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch, tracking_uri):
+    """Runs write below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+
+
+def logged_run(folder: str) -> mlflow.entities.Run:
+    """MLflow's record of the run that logged into `runs/folder` of this test."""
+    record = json.loads(Path("runs", folder, "constants.json").read_text())
+    (run,) = mlflow.search_runs(
+        experiment_names=["LEVIRCD-FusionUNet"],
+        filter_string=f"attributes.run_name = '{folder}' and params.DATA_DIR = '{record['constants']['DATA_DIR']}'",
+        output_format="list",
+    )
+    return run
+
+
+def python_main(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, MAIN, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_a_whole_run(tiny, capsys):
+    constants = QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 4, "LEARNING_RATE": 3e-3, "WARMUP_EPOCHS": 0.0}
+    scores = main.main(**constants)
+    run = Path("runs/run")
+    assert {path.name for path in run.iterdir() if "events" not in path.name} == {
+        "best.pt", "last.pt", "constants.json", "metrics.csv", "test_metrics.json", "predictions",
+        "validation_predictions.png",
+    }  # fmt: skip
+    assert {path.name for path in (run / "predictions").iterdir()} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
+    assert Path("images/validation_predictions.png").exists()
+    assert "epoch 4/4" in capsys.readouterr().out
+
+    with open(run / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"] and list(rows[0])[:2] == ["epoch", "train_loss"]
+    assert float(rows[3]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
+    assert scores["val_iou"] == max(float(row["val_iou"]) for row in rows)
+    assert json.loads((run / "test_metrics.json").read_text())["test_iou"] == scores["test_iou"]
+
+    record = json.loads((run / "constants.json").read_text())
+    assert record["constants"] == {name: getattr(main, name) for name in record["constants"]} | constants
+    assert not record["demo"] and record["versions"]["torch"] == torch.__version__
+
+    # The saved model is the one that was scored.
+    model = FusionUNet.load(run / "best.pt", "cpu")
+    config, _ = main.configure(constants | {"RUN_NAME": None})
+    loaders = main.make_loaders(config, torch.device("cpu"))
+    again = main.run_pass(model, loaders["test"], main.CombinedIoULoss(main.ALPHA), config)
+    assert again["iou"] == scores["test_iou"] and again["loss"] == pytest.approx(scores["test_loss"])
+
+    events = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in events.Scalars("val/iou")] == [1, 2, 3, 4]
+    assert events.Scalars("val/iou")[1].value == pytest.approx(float(rows[1]["val_iou"]))
+    assert [event.step for event in events.Images("predictions")] == [1, 2, 3, 4]
+
+    logged = logged_run("run")
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params == {name: str(value) for name, value in record["constants"].items()}
+    assert logged.data.tags["demo"] == "False" and logged.data.metrics["test_iou"] == scores["test_iou"]
+    history = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "val_iou")
+    assert [(point.step, point.value) for point in history] == [
+        (i, float(rows[i - 1]["val_iou"])) for i in (1, 2, 3, 4)
+    ]
+    artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(logged.info.run_id)}
+    assert artifacts == {
+        "best.pt", "constants.json", "metrics.csv", "test_metrics.json", "predictions", "validation_predictions.png",
+    }  # fmt: skip
+
+
+def test_one_seed_one_result_with_any_workers_and_the_backbone_stays(tiny):
+    finals = []
+    for seed, workers in ((5, 0), (5, 2), (6, 0)):
+        name = f"{seed}-{workers}"
+        main.main(DATA_DIR=str(tiny), **QUICK | {"RUN_NAME": name, "SEED": seed, "NUM_WORKERS": workers, "EPOCHS": 1})
+        finals.append(torch.load(f"runs/{name}/last.pt", weights_only=True)["model"])
+    first, second, third = finals
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], third["head.weight"])
+    torch.manual_seed(5)
+    for name, value in FusionUNet(weights=None).state_dict().items():
+        if name.split(".")[0] in ("stem", "layer1", "layer2", "layer3", "layer4"):
+            assert torch.equal(first[name], value), name
+
+
+def test_demo_where_there_is_no_data(capsys):
+    make_demo("data/demo", splits={"train": 2, "val": 1, "test": 1})
+    main.main(EPOCHS=1, DEVICE="cpu", RUN_NAME="demo")
+    record = json.loads(Path("runs/demo/constants.json").read_text())
+    assert record["demo"] and record["constants"]["DATA_DIR"] == "data/demo"
+    assert record["constants"]["EPOCHS"] == 1  # the user's, not the demo's
+    assert record["constants"]["CROP_SIZE"] == main.DEMO["CROP_SIZE"]
+    assert "TRAINING ON THE DEMO" in capsys.readouterr().out
+    assert logged_run("demo").data.tags["demo"] == "True"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ZeroDivisionError(), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")]
+)
+def test_failed_and_killed_runs_are_told_so(tiny, monkeypatch, error, status):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(main, "save", stop)
+    with pytest.raises(type(error)):
+        main.main(DATA_DIR=str(tiny), **QUICK)
+    assert logged_run("run").info.status == status
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_without_a_traceback(tiny, number, code, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow writes a database here where no server is named
+    arguments = [f"{name}={value}" for name, value in (QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny}).items()]
+    run = subprocess.Popen([sys.executable, MAIN, *arguments], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not Path("runs/run/last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        run.send_signal(number)
+        errors = run.communicate(timeout=60)[1]
+    finally:
+        run.kill()
+    assert run.returncode == code and "Traceback" not in errors
+    FusionUNet.load("runs/run/best.pt", "cpu")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    assert logged_run("run").info.status == "KILLED"
+
+
+# Constants
+
+
+def test_command_line_values_get_their_types():
+    assert main.parse("EPOCHS=3 LEARNING_RATE=1e-4 WEIGHTS=None RUN_NAME=12 AMP=False".split()) == {
+        "EPOCHS": 3, "LEARNING_RATE": 1e-4, "WEIGHTS": None, "RUN_NAME": "12", "AMP": False,
+    }  # fmt: skip
+    config, demo = main.configure({"DATA_DIR": "x", "WARMUP_EPOCHS": 2, "EPOCHS": 7})
+    assert (config.WARMUP_EPOCHS, config.EPOCHS, config.SEED, demo) == (2.0, 7, main.SEED, False)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "EPOCH=3", "EPOCHS", "EPOCHS=0", "EPOCHS=-1", "EPOCHS=2.5", "EPOCHS=many", "EPOCHS=True", "EPOCHS=None",
+        "LEARNING_RATE=nan", "LEARNING_RATE=-1.0", "LEARNING_RATE=1e999", "AMP=1", "AMP=maybe", "DATA_DIR=None",
+        "HUE=0.6", "ALPHA=1.5", "CROP_SIZE=0", "DEVICE=tpu9", "RUN_NAME=../up", "RUN_NAME=taken", "WEIGHTS=V9",
+        "DATA_DIR=nowhere", "--help",
+    ],
+)  # fmt: skip
+def test_a_wrong_constant_is_one_line(tiny, argument):
+    Path("runs/taken").mkdir(parents=True)
+    with pytest.raises((main.ConstantError, DataError, main.ModelError)) as error:
+        main.main(**{"DATA_DIR": str(tiny)} | QUICK | main.parse([argument]))
+    message = str(error.value)
+    assert argument.partition("=")[0].lower() in message.lower() or "nowhere" in message
+    assert "\n" not in message
+    assert os.listdir("runs") == ["taken"]
+
+
+def test_the_command_line_ends_in_one_line():
+    done = python_main("EPOCH=3")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: EPOCH: no such constant; there are DATA_DIR, ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_file_that_breaks_in_a_worker_ends_in_one_line(tiny):
+    file = tiny / "train" / "B" / "pair_0.png"
+    file.write_bytes(file.read_bytes()[:3000])
+    quick = QUICK | {"DATA_DIR": tiny, "CACHE_DIR": None, "NUM_WORKERS": 1}
+    done = python_main(*(f"{name}={value}" for name, value in quick.items()))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert str(file) in done.stderr.splitlines()[-1]
+
+
+def test_learning_rate_rises_then_falls():
+    factors = [main.warmup_cosine(step, 4, 12) for step in range(13)]
+    assert factors[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert factors[8] == pytest.approx(0.5) and factors[12] == 0
+    assert main.warmup_cosine(0, 0, 10) == 1 and main.warmup_cosine(3, 0, 6) == pytest.approx(
+        math.cos(math.pi / 4) ** 2
+    )
+
+
+# Real pairs
+
+
+def test_real_pairs_run(real, tmp_path):
+    for split in ("train", "val", "test"):  # the test split's eight crops: quick, and no score is asked for
+        (tmp_path / "real").mkdir(exist_ok=True)
+        (tmp_path / "real" / split).symlink_to(real / "test")
+    scores = main.main(DATA_DIR=str(tmp_path / "real"), **QUICK | {"CROP_SIZE": 256, "EPOCHS": 1})
+    assert 0 <= scores["val_iou"] == scores["test_iou"] <= 1

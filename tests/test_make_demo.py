@@ -1,0 +1,48 @@
+"""The drawn demo: repeatable, and not to be solved without learning."""
+
+import numpy as np
+import pytest
+
+from data import make_demo
+from dataset import LEVIRCD
+
+
+def test_same_seed_same_files(tmp_path):
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_demo.make_demo(tmp_path / folder, seed=seed, splits={"train": 2, "val": 1})
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.png"))
+    assert len(files) == 9
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    assert all((tmp_path / "a" / file).read_bytes() != (tmp_path / "c" / file).read_bytes() for file in files)
+    first, second, val = (LEVIRCD(tmp_path / "a", split)[i][0] for split, i in (("train", 0), ("train", 1), ("val", 0)))
+    assert not (first == second).all() and not (first == val).all()
+
+
+def best_iou_of_a_threshold(pairs: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> float:
+    """IoU of thresholding the mean absolute difference, at the threshold that suits these very pairs best."""
+    difference = np.stack([np.abs(a.astype(float) - b).mean(-1) for a, b, _ in pairs])
+    changed = np.stack([label > 0 for *_, label in pairs])
+    scores = []
+    for threshold in range(1, 200):
+        guess = difference > threshold
+        scores.append((guess & changed).sum() / (guess | changed).sum())
+    return max(scores)
+
+
+def test_a_threshold_does_not_solve_it():
+    pairs = [make_demo.draw_pair(np.random.default_rng(seed)) for seed in range(40)]
+    assert 0.03 < np.mean([label > 0 for *_, label in pairs]) < 0.15
+    assert all(set(np.unique(label)) <= {0, 255} for *_, label in pairs)
+    assert best_iou_of_a_threshold(pairs) < 0.35
+
+
+def test_nor_the_real_pairs(real):
+    pairs = [tuple(t.permute(1, 2, 0).numpy() for t in item) for item in LEVIRCD(real, "val")]
+    assert best_iou_of_a_threshold([(a, b, label[..., 0]) for a, b, label in pairs]) < 0.35
+
+
+def test_a_run_that_is_stopped_leaves_no_half_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_demo, "draw_pair", lambda rng: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_demo.make_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()

@@ -1,0 +1,78 @@
+"""ChangeMetrics against scikit-learn and against published facts."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+
+from metrics import ChangeMetrics
+
+
+def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
+    metrics = ChangeMetrics()
+    logits, label = (torch.from_numpy(array.astype(np.float32)).reshape(1, 1, 1, -1) for array in (predicted, labelled))
+    metrics.update(logits * 2 - 1, label.byte())
+    return metrics.compute()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.5, 0.99])
+def test_equal_to_scikit_learn_over_batches_of_any_size(share):
+    rng, metrics, seen = np.random.default_rng(0), ChangeMetrics(), []
+    for pairs in (4, 4, 1):
+        label = (rng.random((pairs, 1, 32, 24)) < share).astype(np.uint8)
+        logits = rng.normal(size=label.shape).astype(np.float32) + 2 * label - 1
+        metrics.update(torch.from_numpy(logits), torch.from_numpy(label))
+        seen.append((label.ravel(), logits.ravel() > 0))
+    truth, guess = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+    expected = {
+        "dice": sk.f1_score(truth, guess),
+        "iou": sk.jaccard_score(truth, guess),
+        "precision": sk.precision_score(truth, guess),
+        "recall": sk.recall_score(truth, guess),
+        "accuracy": sk.accuracy_score(truth, guess),
+        "mean_dice": sk.f1_score(truth, guess, average="macro"),
+        "mean_iou": sk.jaccard_score(truth, guess, average="macro"),
+    }
+    assert metrics.compute() == pytest.approx(expected, abs=1e-12)
+
+
+def test_reset_forgets():
+    metrics = ChangeMetrics()
+    metrics.update(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
+    metrics.reset()
+    with pytest.raises(ValueError, match="no pixels"):
+        metrics.compute()
+
+
+def test_nothing_there_and_nothing_predicted_is_right():
+    scores = scores_of(np.zeros(100), np.zeros(100))
+    assert set(scores.values()) == {1.0}
+
+
+def test_everything_changed_and_predicted_is_right():
+    assert set(scores_of(np.ones(100), np.ones(100)).values()) == {1.0}
+
+
+def test_one_side_empty_is_wrong():
+    false_alarms, misses = scores_of(np.ones(100), np.zeros(100)), scores_of(np.zeros(100), np.ones(100))
+    for name in ("dice", "iou", "precision", "recall", "accuracy", "mean_dice", "mean_iou"):
+        assert false_alarms[name] == misses[name] == 0.0
+
+
+def test_dice_that_belongs_to_an_iou_of_70_percent():
+    # 5 % of the pixels changed, as many false alarms as misses: 70 hits, 15 + 15 errors, out of 1,700.
+    predicted, labelled = np.zeros(1700), np.zeros(1700)
+    predicted[:85], labelled[15:100] = 1, 1
+    scores = scores_of(predicted, labelled)
+    assert scores["iou"] == pytest.approx(0.70)
+    assert scores["dice"] == pytest.approx(0.8235, abs=1e-4)
+    assert scores["mean_dice"] == pytest.approx(0.907, abs=1e-3)
+
+
+def test_counts_beyond_float32():
+    # 2^24 + 1 is the first whole number that float32 lacks.
+    metrics, pixel = ChangeMetrics(), torch.ones(1, 1, 1, 1)
+    metrics.update(torch.ones(1, 1, 4096, 4096), torch.ones(1, 1, 4096, 4096, dtype=torch.uint8))
+    metrics.update(pixel, pixel)
+    metrics.update(pixel, 1 - pixel)
+    assert metrics.compute()["precision"] == (2**24 + 1) / (2**24 + 2)
