@@ -40,7 +40,7 @@ from model import FusionUNet, ModelError
 from visualize import plot_predictions
 
 # DATA
-DATA_DIR: str = "data"  # folder that holds train, val and, if you like, test; without data/train a demo is drawn
+DATA_DIR: str = "data"  # holds train, val and, if there is one, test; a demo stands in for a missing data/train
 CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
 CROP_SIZE: int | None = 256  # pixels, a side, in training and in validation; None: whole images
 BRIGHTNESS: float = 0.2  # colour jitter, drawn for each image: factor 1 ± this; 0: off
@@ -50,7 +50,7 @@ HUE: float = 0.02  # likewise, as ± a share of the colour circle, up to 0.5; 0:
 
 # MODEL
 WEIGHTS: str | None = "IMAGENET1K_V1"  # of torchvision's ResNet-50, fetched once (98 MB); None: untrained
-FREEZE_BACKBONE: bool = True  # False trains the ResNet-50 too: 29 M parameters instead of 5 M
+FREEZE_BACKBONE: bool = True  # False trains the ResNet-50 too: 28 M parameters instead of 5 M
 
 # OPTIMISATION
 BATCH_SIZE: int = 16  # pairs a step; halve it when the GPU's memory runs out
@@ -69,7 +69,14 @@ SEED: int = 0  # of the weights, the order, the crops and the colours
 RUN_NAME: str | None = None  # folder under runs/; None: date and time
 
 # What changes where there is no data yet: minutes on two CPU cores, and nothing to download.
-DEMO = {"CROP_SIZE": 128, "WEIGHTS": None, "BATCH_SIZE": 4, "EPOCHS": 2, "WARMUP_EPOCHS": 0.2}
+DEMO = {
+    "DATA_DIR": "data/demo",
+    "CROP_SIZE": 128,
+    "WEIGHTS": None,
+    "BATCH_SIZE": 4,
+    "EPOCHS": 2,
+    "WARMUP_EPOCHS": 0.2,
+}
 
 
 class ConstantError(ValueError):
@@ -113,17 +120,17 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, bool]:
     """The constants with the overrides put in, and whether this is the demo, which is drawn if need be."""
     hints = typing.get_type_hints(sys.modules[__name__])
     constants = {name: globals()[name] for name in hints}
-    for name, value in overrides.items():
-        if name not in constants:
-            raise ConstantError(f"{name}: no such constant; there are {', '.join(constants)}")
-        overrides[name] = checked(name, value, hints[name])
-    demo = "DATA_DIR" not in overrides and not Path(DATA_DIR, "train").is_dir()
+    if unknown := overrides.keys() - constants.keys():
+        raise ConstantError(f"{', '.join(unknown)}: no such constant; there are {', '.join(constants)}")
+    demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, "train").is_dir()
     if demo:
-        constants |= DEMO | {"DATA_DIR": str(Path(DATA_DIR, "demo"))}
-        print(f"NO DATA in {DATA_DIR}/train (see data/README.md): TRAINING ON THE DEMO, {DATA_DIR}/demo", flush=True)
-        if not Path(DATA_DIR, "demo").is_dir():
-            make_demo(Path(DATA_DIR, "demo"))
-    return SimpleNamespace(**constants | overrides), demo
+        constants |= DEMO
+    constants = {name: checked(name, value, hints[name]) for name, value in (constants | overrides).items()}
+    if demo:
+        print("NO DATA in data/train (see data/README.md): TRAINING ON THE DEMO in data/demo", flush=True)
+        if not Path(constants["DATA_DIR"]).is_dir():
+            make_demo(constants["DATA_DIR"])
+    return SimpleNamespace(**constants), demo
 
 
 def checked(name: str, value: object, hint: type) -> object:
