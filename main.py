@@ -43,10 +43,10 @@ from visualize import plot_predictions
 DATA_DIR: str = "data"  # holds train, val and, if there is one, test; a demo stands in for a missing data/train
 CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
 CROP_SIZE: int | None = 256  # pixels, a side, in training and in validation; None: whole images
-BRIGHTNESS: float = 0.2  # colour jitter, drawn for each image: factor 1 ± this; 0: off
-CONTRAST: float = 0.2  # likewise
-SATURATION: float = 0.2  # likewise
-HUE: float = 0.02  # likewise, as ± a share of the colour circle, up to 0.5; 0: off
+BRIGHTNESS: float = 0.1  # colour jitter, drawn for each image: factor 1 ± this; 0: off
+CONTRAST: float = 0.1  # likewise
+SATURATION: float = 0.1  # likewise
+HUE: float = 0.01  # likewise, as ± a share of the colour circle, up to 0.5; 0: off
 
 # MODEL
 WEIGHTS: str | None = "IMAGENET1K_V1"  # of torchvision's ResNet-50, fetched once (98 MB); None: untrained

@@ -62,7 +62,7 @@ def main(device: torch.device, pairs: int) -> None:
 
     def step() -> None:
         with autocast():
-            logits = model(color_jitter(image_a, 0.2, 0.2, 0.2, 0.02), color_jitter(image_b, 0.2, 0.2, 0.2, 0.02))
+            logits = model(color_jitter(image_a, 0.1, 0.1, 0.1, 0.01), color_jitter(image_b, 0.1, 0.1, 0.1, 0.01))
         optimizer.zero_grad()
         criterion(logits, label).backward()
         optimizer.step()
@@ -70,7 +70,7 @@ def main(device: torch.device, pairs: int) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; {pairs} pairs of {SIZE} × {SIZE}; medians")
     rows = {"backbone, forward": encode, "model, forward": predict, "training step": step}
-    rows["colour jitter, one date"] = lambda: color_jitter(image_a, 0.2, 0.2, 0.2, 0.02)
+    rows["colour jitter, one date"] = lambda: color_jitter(image_a, 0.1, 0.1, 0.1, 0.01)
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for part in ("A", "B", "label"):
