@@ -17,7 +17,6 @@ from tqdm.contrib.concurrent import thread_map
 
 FOLDERS = ("A", "B", "label")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-LUMA = (0.2989, 0.587, 0.114)  # red, green, blue to grey, ITU-R BT.601 as torchvision rounds it
 
 
 class DataError(ValueError):
@@ -56,12 +55,15 @@ class LEVIRCD(Dataset):
         self.crop_size, self.augment = crop_size, augment
         self.pairs = _find_pairs(self.folder)
         sizes = [_check_headers(paths) for paths in self.pairs]
-        if augment and crop_size:
-            for paths, size in zip(self.pairs, sizes, strict=True):
-                if min(size) < crop_size:
-                    raise DataError(
-                        f"{paths[0]}: {_by(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE"
-                    )
+        for paths, size in zip(self.pairs, sizes, strict=True):
+            if augment and crop_size and min(size) < crop_size:
+                raise DataError(
+                    f"{paths[0]}: {_by(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE"
+                )
+            if augment and not crop_size and size != sizes[0]:
+                raise DataError(
+                    f"{paths[0]}: {_by(size)} pixels, but {self.pairs[0][0]} has {_by(sizes[0])}: set a CROP_SIZE"
+                )
 
         self.tiles: list[tuple[int, slice, slice]] = []  # pair, rows, columns
         for pair, (height, width) in enumerate(sizes):
@@ -72,17 +74,12 @@ class LEVIRCD(Dataset):
 
         self._cached: list[Path] | None = None
         if cache_dir is not None:
-            os.makedirs(cache_dir, exist_ok=True)
-            self._cached = thread_map(
-                lambda paths: _fill_cache(paths, Path(cache_dir)),
-                self.pairs,
-                desc=f"decoding {self.folder}",
-                unit="pair",
-                max_workers=os.cpu_count(),
-                leave=False,
-                disable=None,
-                delay=1,
-            )
+            bar = {"desc": f"decoding {self.folder}", "unit": "pair", "leave": False, "disable": None, "delay": 1}
+            try:
+                os.makedirs(cache_dir, exist_ok=True)
+                self._cached = thread_map(lambda paths: _fill_cache(paths, Path(cache_dir)), self.pairs, **bar)
+            except OSError as error:
+                raise DataError(f"CACHE_DIR={cache_dir}: can't be filled ({error}); None does without") from error
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -146,14 +143,18 @@ def color_jitter(images: Tensor, brightness: float, contrast: float, saturation:
     def draw(strength: float) -> Tensor:
         return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(-strength, strength)
 
-    luma = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
     images = images.float() / 255
     images = (images * (1 + draw(brightness))).clamp(0, 1)
-    grey = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    grey = _grey(images).mean((2, 3), keepdim=True)
     images = torch.lerp(grey, images, 1 + draw(contrast)).clamp(0, 1)
-    grey = (images * luma).sum(1, keepdim=True)
-    images = torch.lerp(grey, images, 1 + draw(saturation)).clamp(0, 1)
+    images = torch.lerp(_grey(images), images, 1 + draw(saturation)).clamp(0, 1)
     return _turn_hue(images, 2 * np.pi * draw(hue)) if hue else images
+
+
+def _grey(images: Tensor) -> Tensor:
+    """(N, 1, H, W) luma, ITU-R BT.601, with torchvision's digits."""
+    red, green, blue = images.split(1, 1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ def _fill_cache(paths: tuple[Path, Path, Path], cache_dir: Path) -> Path:
                 raise
         for stale in glob.glob(f"{glob.escape(str(cache_dir / where))}-*.npy"):
             if stale != str(cached):
-                os.unlink(stale)
+                Path(stale).unlink(missing_ok=True)
     return cached
 
 

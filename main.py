@@ -58,25 +58,18 @@ EPOCHS: int = 100  # passes over the training split, 7,120 crops of 256 each for
 LEARNING_RATE: float = 1e-3  # its peak, for AdamW
 WEIGHT_DECAY: float = 1e-2  # AdamW's, decoupled; 0: off
 WARMUP_EPOCHS: float = 1.0  # the learning rate rises this long, then falls as a cosine to 0; 0: off
-CLIP_NORM: float | None = 1.0  # largest norm of a step's gradient; None: off
+CLIP_NORM: float = 1.0  # largest norm of a step's gradient; 0: off
 ALPHA: float = 0.5  # weight of BCE in the loss, the rest is soft IoU; 0..1
 
 # RUNTIME
 DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
-AMP: bool = True  # bfloat16 where it is safe, on CUDA alone; False: float32
+AMP: bool = True  # bfloat16 autocast on CUDA, for GPUs that have it (Ampere and newer); False: float32
 NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
 SEED: int = 0  # of the weights, the order, the crops and the colours
 RUN_NAME: str | None = None  # folder under runs/; None: date and time
 
 # What changes where there is no data yet: minutes on two CPU cores, and nothing to download.
-DEMO = {
-    "DATA_DIR": "data/demo",
-    "CROP_SIZE": 128,
-    "WEIGHTS": None,
-    "BATCH_SIZE": 4,
-    "EPOCHS": 2,
-    "WARMUP_EPOCHS": 0.2,
-}
+DEMO = dict(DATA_DIR="data/demo", CROP_SIZE=128, WEIGHTS=None, BATCH_SIZE=4, EPOCHS=2, WARMUP_EPOCHS=0.2)
 
 
 class ConstantError(ValueError):
@@ -127,7 +120,8 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, bool]:
         constants |= DEMO
     constants = {name: checked(name, value, hints[name]) for name, value in (constants | overrides).items()}
     if demo:
-        print("NO DATA in data/train (see data/README.md): TRAINING ON THE DEMO in data/demo", flush=True)
+        used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
+        print(f"NO DATA in data/train (see data/README.md): TRAINING ON THE DEMO with {used}", flush=True)
         if not Path(constants["DATA_DIR"]).is_dir():
             make_demo(constants["DATA_DIR"])
     return SimpleNamespace(**constants), demo
@@ -168,6 +162,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
     except (RuntimeError, AssertionError) as error:
         raise ConstantError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
     return device
@@ -187,7 +183,7 @@ class RandomDraws(Sampler):
 
 
 def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, DataLoader]:
-    """Loaders of train, val and, where there is one, test; whatever is wrong with the files comes up here."""
+    """Loaders of train, val and, where there is one, test; with a cache, whatever is wrong with files shows here."""
     on_gpu = device.type == "cuda"
     workers = config.NUM_WORKERS if config.NUM_WORKERS is not None else min(8, os.cpu_count()) if on_gpu else 0
     loaders = {}
@@ -200,10 +196,18 @@ def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, Dat
             sampling = {"sampler": RandomDraws(len(dataset)), "batch_size": config.BATCH_SIZE, "drop_last": full}
         else:
             sampling = {"batch_sampler": dataset.batches(config.BATCH_SIZE)}
+        # With a generator of its own a loader draws nothing from torch's, whatever its workers.
         loaders[split] = DataLoader(
-            dataset, num_workers=workers, pin_memory=on_gpu, persistent_workers=workers > 0, **sampling
-        )
+            dataset, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_main,
+            pin_memory=on_gpu, generator=torch.Generator(), **sampling,
+        )  # fmt: skip
     return loaders
+
+
+def leave_signals_to_main(_: int) -> None:
+    """A worker outlives Ctrl-C, which reaches it too, until the main process has ended the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def fit(
@@ -227,7 +231,8 @@ def fit(
             save(checkpoint, log.folder / "best.pt")
         checkpoint |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "best": best}
         save(checkpoint, log.folder / "last.pt")
-        log.epoch(epoch, train, val, scheduler.get_last_lr()[0], model, loaders["val"].dataset)
+        row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": scheduler.get_last_lr()[0]}
+        log.epoch(epoch, row, model, loaders["val"].dataset)
         print(
             f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
             f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {train['pairs_per_second']:.1f} pairs/s"
@@ -269,7 +274,7 @@ def run_pass(
             if training:
                 optimizer.zero_grad()
                 loss.backward()
-                if config.CLIP_NORM is not None:
+                if config.CLIP_NORM:
                     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.CLIP_NORM)
                 optimizer.step()
                 scheduler.step()
@@ -331,17 +336,8 @@ class RunLog:
         self.writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
         return self
 
-    def epoch(
-        self,
-        epoch: int,
-        train: dict[str, float],
-        val: dict[str, float],
-        learning_rate: float,
-        model: FusionUNet,
-        dataset: LEVIRCD,
-    ) -> None:
-        """Log an epoch's numbers and draw the same few validation pairs."""
-        row = {**prefixed("train", train), **prefixed("val", val), "learning_rate": learning_rate}
+    def epoch(self, epoch: int, row: dict[str, float], model: FusionUNet, dataset: LEVIRCD) -> None:
+        """Log an epoch's numbers and draw the same few validation items."""
         if self.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         with open(self.folder / "metrics.csv", "a", newline="") as file:
@@ -350,7 +346,7 @@ class RunLog:
                 table.writeheader()
             table.writerow({"epoch": epoch, **row})
         for name, value in row.items():
-            self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            self.writer.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value, epoch)
         mlflow.log_metrics(row, step=epoch)
         picture = self.folder / "predictions" / f"epoch_{epoch:03}.png"
         figure = plot_predictions(model, dataset, self.device, num_samples=4, path=picture)
@@ -379,11 +375,9 @@ class RunLog:
 
 def git_commit() -> str:
     """The commit of this code, with `-dirty` where files differ from it; "unknown" outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError):  # no git
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() or "unknown"
-    return "unknown"
+    command = "git describe --always --dirty --abbrev=40 --exclude=* || echo unknown"
+    done = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def prefixed(split: str, scores: dict[str, float]) -> dict[str, float]:
@@ -398,3 +392,5 @@ if __name__ == "__main__":
         main(**parse(sys.argv[1:]))
     except (ConstantError, DataError, ModelError) as error:
         sys.exit(f"error: {str(error).splitlines()[-1]}")  # the last line is the message, from a worker too
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory ran out: lower BATCH_SIZE or CROP_SIZE")

@@ -172,7 +172,7 @@ class FusionUNet(nn.Module):
         if not Path(path).is_file():
             raise ModelError(f"{path}: no such checkpoint")
         try:
-            checkpoint = dict(torch.load(path, map_location=device, weights_only=True))
+            checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
             model = cls(weights=None, **checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"])
         except Exception as error:  # torch.load has no error of its own: a broken file raises what its reader meets

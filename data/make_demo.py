@@ -275,4 +275,7 @@ def _colour(colour: np.ndarray | int) -> int | tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    make_demo(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "demo")
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "demo"
+    if target.exists():
+        sys.exit(f"error: {target} is there already; delete it to draw it anew")
+    make_demo(target)

@@ -81,7 +81,7 @@ def main(device: torch.device, pairs: int) -> None:
             )
         for kind, cache in (("decoding", None), ("from the cache", Path(folder, "cache"))):
             data = LEVIRCD(folder, "train", SIZE, augment=True, cache_dir=cache)
-            keys = list(RandomDraws(len(data)))[:pairs]
+            keys = (list(RandomDraws(len(data))) * pairs)[:pairs]
             rows[f"loading, {kind}"] = lambda data=data, keys=keys: [data[key] for key in keys]
         for row, work in tqdm(rows.items(), unit="row", leave=False, disable=None):
             took = seconds(work, device)

@@ -270,6 +270,21 @@ def test_an_image_smaller_than_the_crop_is_refused(tmp_path):
         LEVIRCD(tmp_path, "train", crop_size=48, augment=True)
 
 
+def test_whole_images_of_differing_sizes_make_no_batch(tmp_path):
+    write_pair(tmp_path / "train", "x", *random_pair(RNG, 32, 32))
+    write_pair(tmp_path / "train", "y", *random_pair(RNG, 32, 40))
+    with pytest.raises(DataError, match=r"y\.png: 40 × 32 pixels, but .*x\.png has 32 × 32: set a CROP_SIZE"):
+        LEVIRCD(tmp_path, "train", augment=True)
+    assert len(LEVIRCD(tmp_path, "train")) == 2
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"CACHE_DIR=.*file/cache: can't be filled"):
+        LEVIRCD(tmp_path, "val", cache_dir=tmp_path / "file" / "cache")
+
+
 def test_fingerprint_follows_names_and_sizes(tmp_path):
     write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
     first = LEVIRCD(tmp_path, "val").fingerprint()

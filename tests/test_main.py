@@ -49,7 +49,7 @@ def logged_run(folder: str) -> mlflow.entities.Run:
 
 
 def python_main(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, MAIN, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, MAIN, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def test_a_whole_run(tiny, capsys):
@@ -103,9 +103,11 @@ def test_a_whole_run(tiny, capsys):
 
 def test_one_seed_one_result_with_any_workers_and_the_backbone_stays(tiny):
     finals = []
-    for seed, workers in ((5, 0), (5, 2), (6, 0)):
+    for seed, workers, epochs in ((5, 0, 2), (5, 2, 2), (6, 0, 1)):
         name = f"{seed}-{workers}"
-        main.main(DATA_DIR=str(tiny), **QUICK | {"RUN_NAME": name, "SEED": seed, "NUM_WORKERS": workers, "EPOCHS": 1})
+        main.main(
+            DATA_DIR=str(tiny), **QUICK | {"RUN_NAME": name, "SEED": seed, "NUM_WORKERS": workers, "EPOCHS": epochs}
+        )
         finals.append(torch.load(f"runs/{name}/last.pt", weights_only=True)["model"])
     first, second, third = finals
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -143,13 +145,17 @@ def test_failed_and_killed_runs_are_told_so(tiny, monkeypatch, error, status):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_it_without_a_traceback(tiny, number, code, monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow writes a database here where no server is named
-    arguments = [f"{name}={value}" for name, value in (QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny}).items()]
-    run = subprocess.Popen([sys.executable, MAIN, *arguments], stderr=subprocess.PIPE, text=True)
+    constants = QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny, "NUM_WORKERS": 1}
+    arguments = [f"{name}={value}" for name, value in constants.items()]
+    run = subprocess.Popen(
+        [sys.executable, MAIN, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
-        deadline = time.monotonic() + 90
-        while not Path("runs/run/last.pt").exists() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 300
+        while not Path("runs/run/last.pt").exists():
+            assert time.monotonic() < deadline and run.poll() is None
             time.sleep(0.1)
-        run.send_signal(number)
+        os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)  # Ctrl-C reaches workers
         errors = run.communicate(timeout=60)[1]
     finally:
         run.kill()
