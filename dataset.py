@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 FOLDERS = ("A", "B", "label")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -74,10 +75,12 @@ class LEVIRCD(Dataset):
 
         self._cached: list[Path] | None = None
         if cache_dir is not None:
-            bar = {"desc": f"decoding {self.folder}", "unit": "pair", "leave": False, "disable": None, "delay": 1}
             try:
                 os.makedirs(cache_dir, exist_ok=True)
-                self._cached = thread_map(lambda paths: _fill_cache(paths, Path(cache_dir)), self.pairs, **bar)
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    filled = pool.map(lambda paths: _fill_cache(paths, Path(cache_dir)), self.pairs)
+                    bar = {"desc": f"decoding {self.folder}", "unit": "pair", "leave": False, "disable": None}
+                    self._cached = list(tqdm(filled, total=len(self.pairs), delay=1, **bar))
             except OSError as error:
                 raise DataError(f"CACHE_DIR={cache_dir}: can't be filled ({error}); None does without") from error
 
