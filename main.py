@@ -205,9 +205,9 @@ def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, Dat
 
 
 def leave_signals_to_main(_: int) -> None:
-    """A worker outlives Ctrl-C, which reaches it too, until the main process has ended the run."""
+    """A worker outlives Ctrl-C, which reaches it too, until the main process ends it; that is no failure of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def fit(
