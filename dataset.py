@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 FOLDERS = ("A", "B", "label")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+MAX_PIXELS = 400_000_000  # an image may hold, 20,000 × 20,000: a small file of a stranger may unpack to more
 
 
 class DataError(ValueError):
@@ -54,7 +55,7 @@ class LEVIRCD(Dataset):
     ) -> None:
         self.folder = Path(root) / split
         self.crop_size, self.augment = crop_size, augment
-        self.pairs = _find_pairs(self.folder)
+        self.pairs = find_pairs(*(self.folder / name for name in FOLDERS))
         sizes = [_check_headers(paths) for paths in self.pairs]
         for paths, size in zip(self.pairs, sizes, strict=True):
             if augment and crop_size and min(size) < crop_size:
@@ -167,14 +168,18 @@ def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
     return (mean + (images - mean) * angle.cos() + cross * angle.sin()).clamp(0, 1)
 
 
-def _find_pairs(folder: Path) -> list[tuple[Path, Path, Path]]:
-    """The files of A, B and label with one stem, in the order of their stems."""
+def find_pairs(*folders: Path) -> list[tuple[Path, ...]]:
+    """The files of several folders that share a stem, one of each folder, in the order of their stems.
+
+    Raises:
+        DataError: a folder is missing or holds no image, a stem is missing in one or there twice.
+    """
     found: list[dict[str, Path]] = []
-    for name in FOLDERS:
-        if not (folder / name).is_dir():
-            raise DataError(f"{folder / name}: no such folder; a split holds A, B and label (see data/README.md)")
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; a split holds A, B and label (see data/README.md)")
         files: dict[str, Path] = {}
-        for entry in os.scandir(folder / name):
+        for entry in os.scandir(folder):
             path = Path(entry.path)
             if path.suffix.lower() not in SUFFIXES or entry.name.startswith(".") or not entry.is_file():
                 continue
@@ -184,27 +189,32 @@ def _find_pairs(folder: Path) -> list[tuple[Path, Path, Path]]:
         found.append(files)
     stems = sorted(set().union(*found))
     if not stems:
-        raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in A, B and label")
+        raise DataError(f"{' and '.join(map(str, folders))}: no images ({', '.join(sorted(SUFFIXES))})")
     for stem in stems:
-        for name, files in zip(FOLDERS, found, strict=True):
+        for folder, files in zip(folders, found, strict=True):
             if stem not in files:
                 there = next(other[stem] for other in found if stem in other)
-                raise DataError(f"{there}: no file of that name in {folder / name}; add it or remove this one")
+                raise DataError(f"{there}: no file of that name in {folder}; add it or remove this one")
     return [tuple(files[stem] for files in found) for stem in stems]
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, mask: bool = False) -> Image.Image:
     """The image with its header read and its kind checked, its pixels not decoded yet."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow itself refuses
     try:
         image = Image.open(path)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: can't be read as an image ({error}); replace the file") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{path}: {image.width} × {image.height} pixels are more than MAX_PIXELS of dataset.py; cut it")
     raw_mode = image.tile[0].args if image.tile else ""
     raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
     if ";16" in raw_mode or image.mode[0] in "IF":  # Pillow drops the low byte of 16-bit colour in silence
         raise DataError(f"{path}: more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB")
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
         raise DataError(f"{path}: colour mode {image.mode}; convert it to 8-bit RGB")
+    if image.mode in ("1", "L", "LA") and not mask:
+        raise DataError(f"{path}: one band, grey; an image needs three, red, green and blue")
     return image
 
 
@@ -212,7 +222,7 @@ def _check_headers(paths: tuple[Path, Path, Path]) -> tuple[int, int]:
     """The height and width that the three files of a pair share."""
     sizes = []
     for path in paths:
-        with _open(path) as image:
+        with _open(path, mask=path == paths[2]) as image:
             sizes.append(image.size[::-1])
     for path, size in zip(paths[1:], sizes[1:], strict=True):
         if size != sizes[0]:
@@ -222,17 +232,21 @@ def _check_headers(paths: tuple[Path, Path, Path]) -> tuple[int, int]:
 
 def _decode(paths: tuple[Path, Path, Path]) -> np.ndarray:
     """uint8 (H, W, 7): three bands before, three after, and the mask in {0, 1}."""
-    return np.dstack([_read_rgb(paths[0]), _read_rgb(paths[1]), _read_mask(paths[2])])
+    return np.dstack([read_rgb(paths[0]), read_rgb(paths[1]), _read_mask(paths[2])])
 
 
-def _read_rgb(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3) of any 8-bit image without transparency."""
-    with _open(path) as image:
+def read_rgb(path: Path, mask: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) of an 8-bit image without transparency; of a grey one only if it is a mask.
+
+    Raises:
+        DataError: not such an image, damaged, or larger than `MAX_PIXELS`.
+    """
+    with _open(path, mask) as image:
         try:
             if image.has_transparency_data:
                 if image.convert("RGBA").getextrema()[3][0] < 255:
                     raise DataError(f"{path}: partly transparent; flatten it to RGB")
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             if isinstance(error, DataError):
                 raise
@@ -241,11 +255,11 @@ def _read_rgb(path: Path) -> np.ndarray:
 
 def _read_mask(path: Path) -> np.ndarray:
     """uint8 (H, W) in {0, 1} of a mask in {0, 1} or {0, 255}, in any mode that shows it."""
-    rgb = _read_rgb(path)
+    rgb = read_rgb(path, mask=True)
     mask = rgb[..., 0]
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     if not (np.isin(values, (0, 255)).all() or np.isin(values, (0, 1)).all()) or (rgb != mask[..., None]).any():
-        with _open(path) as image:  # a palette may show the classes 0 and 1 in any two colours
+        with _open(path, mask=True) as image:  # a palette may show the classes 0 and 1 in any two colours
             mask = np.asarray(image) if image.mode == "P" else mask
         if mask.max() > 1:
             shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import csv
 import json
 import logging
@@ -35,9 +33,9 @@ from tqdm import tqdm
 from data.make_demo import make_demo
 from dataset import LEVIRCD, DataError, color_jitter
 from losses import CombinedIoULoss
-from metrics import ChangeMetrics
+from metrics import ChangeMetrics, ThresholdMetrics, as_table
 from model import FusionUNet, ModelError
-from visualize import plot_predictions
+from visualize import OptionError, parse, pick_device, plot_curves, plot_precision_recall, plot_predictions, typed
 
 # DATA
 DATA_DIR: str = "data"  # holds train, val and, if there is one, test; a demo stands in for a missing data/train
@@ -67,45 +65,52 @@ AMP: bool = True  # bfloat16 autocast on CUDA, for GPUs that have it (Ampere and
 NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
 SEED: int = 0  # of the weights, the order, the crops and the colours
 RUN_NAME: str | None = None  # folder under runs/; None: date and time
+EVALUATE: str | None = None  # checkpoint to score instead of training, such as runs/RUN/best.pt; None: train
+SPLIT: str = "test"  # what is scored, after training too where it is there
+
+PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 
 # What changes where there is no data yet: minutes on two CPU cores, and nothing to download.
 DEMO = dict(DATA_DIR="data/demo", CROP_SIZE=128, WEIGHTS=None, BATCH_SIZE=4, EPOCHS=2, WARMUP_EPOCHS=0.2)
 
 
-class ConstantError(ValueError):
-    """A constant that doesn't exist or can't have this value; the message says what can be."""
-
-
 def main(**overrides: object) -> dict[str, float]:
-    """Train, keep the best epoch by validation IoU, draw its predictions and score it once on the test split.
+    """Train, keep the best epoch by validation IoU and score it on SPLIT; with EVALUATE, score that checkpoint alone.
 
     Args:
         **overrides: constants of this module to change for this run.
 
     Returns:
-        The best epoch's scores: `val_iou`, `val_dice`, `val_loss`, … and, where there is a test split, `test_iou`, ….
+        The scores: `val_iou`, `val_dice`, … of the best epoch, and `test_iou`, … as `evaluate` gives them.
 
     Raises:
-        ConstantError: an unknown constant, or a value that it can't have.
+        OptionError: an unknown constant, or a value that it can't have.
         DataError: input that can't be used.
-        ModelError: the backbone's weights can't be had.
+        ModelError: the backbone's weights, or the checkpoint, can't be had.
     """
     config, demo = configure(overrides)
     device = pick_device(config.DEVICE)
-    loaders = make_loaders(config, device)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     torch.manual_seed(config.SEED)
-    model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE).to(device, memory_format=torch.channels_last)
-    criterion = CombinedIoULoss(config.ALPHA)
+    if config.EVALUATE:
+        model = FusionUNet.load(config.EVALUATE, device)
+        loaders = {config.SPLIT: make_loader(config, device, config.SPLIT, PROTOCOL_CROP)}
+        with RunLog(config, demo, device, loaders) as log:
+            return evaluate(model, loaders[config.SPLIT], config, log)
 
+    loaders = {
+        split: make_loader(config, device, split, config.CROP_SIZE, split == "train") for split in ("train", "val")
+    }
+    if Path(config.DATA_DIR, config.SPLIT).is_dir():
+        loaders["scored"] = make_loader(config, device, config.SPLIT, PROTOCOL_CROP)
+    model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE).to(device, memory_format=torch.channels_last)
     with RunLog(config, demo, device, loaders) as log:
-        scores = prefixed("val", fit(model, criterion, loaders, config, log))
+        scores = prefixed("val", fit(model, loaders, config, log))
         best = FusionUNet.load(log.folder / "best.pt", device)
-        if "test" in loaders:
-            scores |= prefixed("test", run_pass(best, loaders["test"], criterion, config, name="test"))
-        log.finish(best, loaders["val"].dataset, scores)
-    print("best epoch by validation IoU:", *(f"{name} {scores[name]:.4f}" for name in scores if name.endswith("_iou")))
-    print(f"see {log.folder}: best.pt, metrics.csv, validation_predictions.png and more")
+        log.pictures(best, loaders["val"].dataset)
+        if "scored" in loaders:
+            scores |= evaluate(best, loaders["scored"], config, log)
+    print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
     return scores
 
 
@@ -114,7 +119,7 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, bool]:
     hints = typing.get_type_hints(sys.modules[__name__])
     constants = {name: globals()[name] for name in hints}
     if unknown := overrides.keys() - constants.keys():
-        raise ConstantError(f"{', '.join(unknown)}: no such constant; there are {', '.join(constants)}")
+        raise OptionError(f"{', '.join(unknown)}: no such constant; there are {', '.join(constants)}")
     demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, "train").is_dir()
     if demo:
         constants |= DEMO
@@ -128,45 +133,16 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, bool]:
 
 
 def checked(name: str, value: object, hint: type) -> object:
-    """The value, if the constant can have it; a whole number will do for a fraction."""
-    if type(value) is int and isinstance(0.5, hint):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConstantError(f"{name}={value}: must be {getattr(hint, '__name__', hint)}")
+    """The value, if the constant can have it."""
+    value = typed(name, value, hint)
     if isinstance(value, int | float):
         least = 1 if name in ("CROP_SIZE", "BATCH_SIZE", "EPOCHS") else 0
         most = {"ALPHA": 1, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1, "HUE": 0.5}.get(name, sys.maxsize)
         if not least <= value <= most:
-            raise ConstantError(f"{name}={value}: must be {least} to {most}")
+            raise OptionError(f"{name}={value}: must be {least} to {most}")
     if name == "RUN_NAME" and value is not None and (Path(value).name != value or Path("runs", value).exists()):
-        raise ConstantError(f"RUN_NAME={value}: must be a new folder's name; runs/{value} is there or is no such name")
+        raise OptionError(f"RUN_NAME={value}: must be a new folder's name; runs/{value} is there or is no such name")
     return value
-
-
-def parse(arguments: list[str]) -> dict[str, object]:
-    """Overrides from `CONSTANT=value` on the command line; numbers, True, False and None are read as such."""
-    hints, overrides = typing.get_type_hints(sys.modules[__name__]), {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals:
-            raise ConstantError(f"{argument}: give CONSTANT=value; there are {', '.join(hints)}")
-        if value == "None" or not isinstance("", hints.get(name, str)):
-            with contextlib.suppress(ValueError, SyntaxError):  # what is no literal stays text, for `checked` to refuse
-                value = ast.literal_eval(value)
-        overrides[name] = value
-    return overrides
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, once it was seen to work."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-        if device.type == "cuda" and device.index:
-            torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
-    except (RuntimeError, AssertionError) as error:
-        raise ConstantError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
-    return device
 
 
 class RandomDraws(Sampler):
@@ -182,26 +158,23 @@ class RandomDraws(Sampler):
         return zip(torch.randperm(self.length).tolist(), torch.randint(2**31, (self.length,)).tolist(), strict=True)
 
 
-def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, DataLoader]:
-    """Loaders of train, val and, where there is one, test; with a cache, whatever is wrong with files shows here."""
+def make_loader(
+    config: SimpleNamespace, device: torch.device, split: str, crop_size: int | None, augment: bool = False
+) -> DataLoader:
+    """Batches of a split, tiles or random crops; with a cache, whatever is wrong with its files shows here."""
     on_gpu = device.type == "cuda"
     workers = config.NUM_WORKERS if config.NUM_WORKERS is not None else min(8, os.cpu_count()) if on_gpu else 0
-    loaders = {}
-    for split in ("train", "val", "test"):
-        if split == "test" and not Path(config.DATA_DIR, split).is_dir():
-            continue
-        dataset = LEVIRCD(config.DATA_DIR, split, config.CROP_SIZE, split == "train", config.CACHE_DIR)
-        if split == "train":
-            full = len(dataset) >= config.BATCH_SIZE  # else the one batch there is
-            sampling = {"sampler": RandomDraws(len(dataset)), "batch_size": config.BATCH_SIZE, "drop_last": full}
-        else:
-            sampling = {"batch_sampler": dataset.batches(config.BATCH_SIZE)}
-        # With a generator of its own a loader draws nothing from torch's, whatever its workers.
-        loaders[split] = DataLoader(
-            dataset, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_main,
-            pin_memory=on_gpu, generator=torch.Generator(), **sampling,
-        )  # fmt: skip
-    return loaders
+    dataset = LEVIRCD(config.DATA_DIR, split, crop_size, augment, config.CACHE_DIR)
+    if augment:
+        full = len(dataset) >= config.BATCH_SIZE  # else the one batch there is
+        sampling = {"sampler": RandomDraws(len(dataset)), "batch_size": config.BATCH_SIZE, "drop_last": full}
+    else:
+        sampling = {"batch_sampler": dataset.batches(config.BATCH_SIZE)}
+    # With a generator of its own a loader draws nothing from torch's, whatever its workers.
+    return DataLoader(
+        dataset, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_main,
+        pin_memory=on_gpu, generator=torch.Generator(), **sampling,
+    )  # fmt: skip
 
 
 def leave_signals_to_main(_: int) -> None:
@@ -210,9 +183,7 @@ def leave_signals_to_main(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
-def fit(
-    model: FusionUNet, criterion: nn.Module, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog
-) -> dict[str, float]:
+def fit(model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog) -> dict[str, float]:
     """Train for EPOCHS, validate, log and save after each; returns the validation scores of the epoch in best.pt."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY)
@@ -222,16 +193,18 @@ def fit(
     for epoch in range(1, config.EPOCHS + 1):
         # An epoch's order, crops and colours follow from the seed and its number alone.
         torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
-        train = run_pass(model, loaders["train"], criterion, config, optimizer, scheduler, f"epoch {epoch}")
-        val = run_pass(model, loaders["val"], criterion, config, name="validation")
+        name, metrics, learning_rate = f"epoch {epoch}", ThresholdMetrics(), scheduler.get_last_lr()[0]
+        train = run_pass(model, loaders["train"], config, ChangeMetrics(), optimizer, scheduler, name)
+        val = run_pass(model, loaders["val"], config, metrics, name="validation")
         is_best = val["iou"] > best["iou"]
-        checkpoint = {"model_args": model.model_args(), "model": model.state_dict(), "epoch": epoch, "scores": val}
+        model.threshold = metrics.best_threshold()
+        checkpoint = model.checkpoint() | {"epoch": epoch, "scores": val}
         if is_best:
             best = val
             save(checkpoint, log.folder / "best.pt")
         checkpoint |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "best": best}
         save(checkpoint, log.folder / "last.pt")
-        row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": scheduler.get_last_lr()[0]}
+        row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": learning_rate}
         log.epoch(epoch, row, model, loaders["val"].dataset)
         print(
             f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
@@ -243,22 +216,17 @@ def fit(
 
 
 def run_pass(
-    model: FusionUNet,
-    loader: DataLoader,
-    criterion: nn.Module,
-    config: SimpleNamespace,
-    optimizer: torch.optim.Optimizer | None = None,
-    scheduler: LRScheduler | None = None,
-    name: str = "",
-) -> dict[str, float]:
+    model: FusionUNet, loader: DataLoader, config: SimpleNamespace, metrics: ChangeMetrics,
+    optimizer: torch.optim.Optimizer | None = None, scheduler: LRScheduler | None = None, name: str = "",
+) -> dict[str, float]:  # fmt: skip
     """One pass over a loader: training where an optimizer is given, evaluation otherwise.
 
     Returns:
-        `loss`, the mean over the pairs, the scores of `ChangeMetrics`, and `pairs_per_second`; one host sync.
+        `loss`, the mean over the pairs, what `metrics` computes, and `pairs_per_second`; one host sync.
     """
     training, device = optimizer is not None, next(model.parameters()).device
     model.train(training)
-    metrics, pairs, start = ChangeMetrics(), 0, time.perf_counter()
+    criterion, pairs, start = CombinedIoULoss(config.ALPHA), 0, time.perf_counter()
     loss_sum = torch.zeros((), device=device)
     shown = torch.zeros((), pin_memory=device.type == "cuda")  # the last loss that came in, read without waiting
     bar = tqdm(total=len(loader.dataset), desc=name, unit="pair", leave=False, disable=None)
@@ -288,6 +256,35 @@ def run_pass(
     return scores | {"pairs_per_second": pairs / (time.perf_counter() - start)}
 
 
+def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: RunLog) -> dict[str, float]:
+    """Score a split in crops of 256 pixels, as the field does, and in whole images, as users see them.
+
+    Returns:
+        With the split's name before them: the scores of the crops at the threshold 0.5 (`test_iou`), and at the
+        checkpoint's, best on validation (`test_tuned_iou`); those of whole images (`test_whole_iou`,
+        `test_whole_tuned_iou`); `test_average_precision` of the crops and `test_threshold`, the checkpoint's.
+    """
+    split, crops, whole, rows = loader.dataset.folder.name, ThresholdMetrics(), ThresholdMetrics(), []
+    run_pass(model, loader, config, crops, name=split)
+    images = LEVIRCD(config.DATA_DIR, split, cache_dir=config.CACHE_DIR)
+    for index in tqdm(range(len(images)), desc=f"{split}, whole images", unit="pair", leave=False, disable=None):
+        image_a, image_b, label = images[index]
+        logits, image = model.predict(image_a, image_b).logit()[None, None], ChangeMetrics()
+        whole.update(logits, label[None])
+        image.update(logits, label[None])
+        rows.append({"index": index, "name": images.name(index), **image.compute()})
+    scores, table = {"average_precision": crops.average_precision(), "threshold": model.threshold}, {}
+    for protocol, prefix, metrics in ((f"crops of {PROTOCOL_CROP}", "", crops), ("whole images", "whole_", whole)):
+        for threshold, tuned in ((0.5, ""), (model.threshold, "tuned_")):
+            table[f"{protocol}, above {threshold:.3f}"] = row = metrics.compute(threshold)
+            scores |= {f"{prefix}{tuned}{name}": value for name, value in row.items()}
+    print(f"{split} split of {config.DATA_DIR}; {model.threshold:.3f} is the threshold that was best on validation")
+    print(as_table(table), flush=True)
+    scores = prefixed(split, scores)
+    log.evaluation(split, scores, sorted(rows, key=lambda row: row["iou"]), crops.curve(), model, images)
+    return scores
+
+
 def warmup_cosine(step: int, warmup: float, steps: int) -> float:
     """Factor of the peak learning rate: a linear rise over `warmup` steps, then a half cosine to 0 at `steps`."""
     if step < warmup:
@@ -312,17 +309,18 @@ class RunLog:
         self.folder = Path("runs", config.RUN_NAME or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
         self.folder.mkdir(parents=True)
         self.device = device
-        modules = (torch, torchvision, np, matplotlib, mlflow)
+        modules, code = (torch, torchvision, np, matplotlib, mlflow), Path(__file__).parent
+        commit = f"git -C '{code}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown"
         self.record = {
             "constants": vars(config),
             "demo": demo,
-            "data": {split: loader.dataset.fingerprint() for split, loader in loaders.items()},
+            "data": {loader.dataset.folder.name: loader.dataset.fingerprint() for loader in loaders.values()},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "git": git_commit(),
+            "git": subprocess.getoutput(commit),
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
         }
         (self.folder / "constants.json").write_text(json.dumps(self.record, indent=2) + "\n")
-        sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
+        sizes = ", ".join(f"{len(loader.dataset)} {loader.dataset.folder.name}" for loader in loaders.values())
         print(f"{self.folder}: {sizes} items of {config.DATA_DIR} on {self.record['device']}", flush=True)
 
     def __enter__(self) -> RunLog:
@@ -353,31 +351,38 @@ class RunLog:
         self.writer.add_figure("predictions", figure, epoch, close=False)
         self.writer.flush()
 
-    def finish(self, model: FusionUNet, dataset: LEVIRCD, scores: dict[str, float]) -> None:
-        """Draw the best model's validation predictions, write the test scores, hand the files to MLflow."""
-        picture = self.folder / "validation_predictions.png"
-        plot_predictions(model, dataset, self.device, path=picture)
+    def pictures(self, model: FusionUNet, dataset: LEVIRCD) -> None:
+        """Draw the curves and the best model's validation predictions."""
+        plot_curves(self.folder / "metrics.csv", self.folder / "curves.png")
+        plot_predictions(model, dataset, self.device, path=self.folder / "validation_predictions.png")
         os.makedirs("images", exist_ok=True)
-        shutil.copy(picture, "images")
-        if test := {name: value for name, value in scores.items() if name.startswith("test_")}:
-            (self.folder / "test_metrics.json").write_text(json.dumps(test, indent=2) + "\n")
-            mlflow.log_metrics(test)
-        for file in ("best.pt", "constants.json", "metrics.csv", "test_metrics.json", picture.name):
-            if (self.folder / file).exists():
-                mlflow.log_artifact(str(self.folder / file))
-        mlflow.log_artifacts(str(self.folder / "predictions"), "predictions")
+        shutil.copy(self.folder / "validation_predictions.png", "images")
+
+    def evaluation(
+        self, split: str, scores: dict[str, float], rows: list[dict], curve: dict, model: FusionUNet, images: LEVIRCD
+    ) -> None:
+        """Write the scores, those of each image from the worst to the best, and what the two ends look like."""
+        (self.folder / f"{split}_metrics.json").write_text(json.dumps(scores, indent=2) + "\n")
+        with open(self.folder / "per_image.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, [name for name in rows[0] if name != "index"], extrasaction="ignore")
+            table.writeheader()
+            table.writerows(rows)
+        for name, value in scores.items():
+            self.writer.add_scalar(name.replace("_", "/", 1), value)
+        mlflow.log_metrics(scores)
+        picture, title = self.folder / "precision_recall.png", f"{split} split, crops of {PROTOCOL_CROP}"
+        plot_precision_recall(curve, (0.5, model.threshold), title, picture)
+        order = [row["index"] for row in rows]
+        plot_predictions(model, images, self.device, path=self.folder / "worst.png", items=order[:10])
+        plot_predictions(model, images, self.device, path=self.folder / "best.png", items=order[:-11:-1])
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.writer.close()
+        for pattern in ("best.pt", "*.json", "*.csv", "*.png", "predictions"):
+            for file in self.folder.glob(pattern):
+                mlflow.log_artifact(str(file))
         stopped = error is not None and not issubclass(error, Exception)  # KeyboardInterrupt or SystemExit
         mlflow.end_run("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
-
-
-def git_commit() -> str:
-    """The commit of this code, with `-dirty` where files differ from it; "unknown" outside a repository."""
-    command = "git describe --always --dirty --abbrev=40 --exclude=* || echo unknown"
-    done = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def prefixed(split: str, scores: dict[str, float]) -> dict[str, float]:
@@ -389,8 +394,8 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        main(**parse(sys.argv[1:]))
-    except (ConstantError, DataError, ModelError) as error:
+        main(**parse(sys.argv[1:], typing.get_type_hints(sys.modules[__name__])))
+    except (OptionError, DataError, ModelError) as error:
         sys.exit(f"error: {str(error).splitlines()[-1]}")  # the last line is the message, from a worker too
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory ran out: lower BATCH_SIZE or CROP_SIZE")

@@ -1,5 +1,6 @@
 """Scores from counts over a whole split, never averaged over batches."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,21 +43,98 @@ class ChangeMetrics:
         Raises:
             ValueError: nothing was counted yet.
         """
+        return _scores(*self._gathered().tolist())
+
+    def _gathered(self) -> Tensor:
         if isinstance(self._counts, int):
             raise ValueError("no pixels were counted: call update first")
-        tp, predicted, labelled, pixels = self._counts.tolist()
-        fp, fn, tn = predicted - tp, labelled - tp, pixels - predicted - labelled + tp
+        return self._counts
 
-        def ratio(numerator: int, denominator: int) -> float:
-            return numerator / denominator if denominator else float(fp + fn == 0)
 
-        dice, iou = ratio(2 * tp, 2 * tp + fp + fn), ratio(tp, tp + fp + fn)
+class ThresholdMetrics(ChangeMetrics):
+    """The same scores at any of 321 thresholds, and the precision-recall curve, from one pass.
+
+    The thresholds lie evenly over the logits from -8 to 8, not over the probabilities, which crowd at 0 and 1;
+    the middle one is a probability of 0.5. What is kept is a histogram, not the probabilities.
+    """
+
+    LOGITS = torch.arange(-160, 161) / 20
+
+    def update(self, logits: Tensor, label: Tensor) -> None:
+        """Count a batch at every threshold; shapes as in `ChangeMetrics`. No host sync."""
+        steps = self.LOGITS.to(logits.device)
+        passed = torch.bucketize(
+            logits.detach().float().contiguous(), steps
+        )  # how many thresholds the pixel's logit is above
+        cells = (passed + (len(steps) + 1) * label.bool()).flatten()
+        histogram = torch.zeros(2 * (len(steps) + 1), dtype=torch.int64, device=logits.device)
+        self._counts = self._counts + histogram.index_add_(0, cells, torch.ones_like(cells))
+
+    def compute(self, threshold: float = 0.5) -> dict[str, float]:
+        """The scores at the nearest of the thresholds; one host sync.
+
+        Args:
+            threshold: a pixel counts as changed where its probability is above this, 0..1.
+
+        Raises:
+            ValueError: nothing was counted yet.
+        """
+        nearest = int((self.LOGITS.double().sigmoid() - threshold).abs().argmin())
+        return _scores(*(int(count[1 + nearest]) for count in self._cumulated()))
+
+    def curve(self) -> dict[str, np.ndarray]:
+        """The precision-recall curve: `threshold`, `precision`, `recall` and `iou`, float64 (322,) each.
+
+        The thresholds are probabilities and rise from 0, where everything counts as changed. Where nothing is
+        predicted any more, precision is 1.
+        """
+        tp, predicted, labelled, _ = (count.double().numpy() for count in self._cumulated())
         return {
-            "dice": dice,
-            "iou": iou,
-            "precision": ratio(tp, predicted),
-            "recall": ratio(tp, labelled),
-            "accuracy": (tp + tn) / pixels,
-            "mean_dice": (dice + ratio(2 * tn, 2 * tn + fp + fn)) / 2,
-            "mean_iou": (iou + ratio(tn, tn + fp + fn)) / 2,
+            "threshold": np.concatenate([[0.0], self.LOGITS.double().sigmoid().numpy()]),
+            "precision": np.where(predicted > 0, tp / np.maximum(predicted, 1), 1.0),
+            "recall": tp / np.maximum(labelled, 1),
+            "iou": tp / np.maximum(predicted + labelled - tp, 1),
         }
+
+    def average_precision(self) -> float:
+        """Precision averaged over the steps in recall, 0..1, as scikit-learn's; 0 where nothing is labelled."""
+        curve = self.curve()
+        return float(-np.diff(curve["recall"], append=0.0) @ curve["precision"])
+
+    def best_threshold(self) -> float:
+        """The probability at which IoU (and so Dice) is highest; of equals, the nearest to 0.5."""
+        curve = self.curve()
+        order = np.lexsort([np.abs(curve["threshold"] - 0.5), -curve["iou"]])
+        return float(curve["threshold"][order[0]])
+
+    def _cumulated(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """TP, predicted, labelled and pixels, int64 (322,), at a threshold below all and at each of LOGITS."""
+        unchanged, changed = self._gathered().cpu().view(2, -1).flip(1).cumsum(1).flip(1)
+        predicted = unchanged + changed
+        return changed, predicted, changed[:1].expand_as(changed), predicted[:1].expand_as(predicted)
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> str:
+    """Scores by row name as text, Dice under its other name, F1."""
+    columns = ("precision", "recall", "dice", "iou", "mean_dice", "mean_iou", "accuracy")
+    lines = [f"{'':34}" + "".join(f"{'F1' if name == 'dice' else name:>11}" for name in columns)]
+    lines += [f"{title:34}" + "".join(f"{row[name]:11.4f}" for name in columns) for title, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _scores(tp: int, predicted: int, labelled: int, pixels: int) -> dict[str, float]:
+    fp, fn, tn = predicted - tp, labelled - tp, pixels - predicted - labelled + tp
+
+    def ratio(numerator: int, denominator: int) -> float:
+        return numerator / denominator if denominator else float(fp + fn == 0)
+
+    dice, iou = ratio(2 * tp, 2 * tp + fp + fn), ratio(tp, tp + fp + fn)
+    return {
+        "dice": dice,
+        "iou": iou,
+        "precision": ratio(tp, predicted),
+        "recall": ratio(tp, labelled),
+        "accuracy": (tp + tn) / pixels,
+        "mean_dice": (dice + ratio(2 * tn, 2 * tn + fp + fn)) / 2,
+        "mean_iou": (iou + ratio(tn, tn + fp + fn)) / 2,
+    }

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset import DataError, read_rgb
 
 FUSED_CHANNELS = (32, 64, 128, 192, 256)  # width of the decoder at strides 2, 4, 8, 16 and 32
+STRIDE = 32  # pixels, of the coarsest features
+OVERLAP = 256  # pixels that neighbouring tiles of a large image share
+
+ImageLike = Tensor | np.ndarray | str | os.PathLike
 
 
 class ModelError(RuntimeError):
@@ -32,8 +41,7 @@ class ConvNormReLU(nn.Sequential):
 class Fusion(nn.Module):
     """Both dates' features, narrowed by one 1 × 1 convolution for both; their sum and |difference| mixed by a 3 × 3.
 
-    Sum and absolute difference hold both dates' features but not their order: a detector need not learn
-    twice, for houses built and for houses pulled down, where a house begins or ends.
+    These hold both dates' features but not their order: houses built and houses pulled down need not be learned twice.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -47,7 +55,7 @@ class Fusion(nn.Module):
 
 
 class Up(nn.Module):
-    """Decoder step: enlarge to the skip's size, concatenate, two 3 × 3 convolutions."""
+    """Decoder step: enlarge to twice the size, concatenate the skip, two 3 × 3 convolutions."""
 
     def __init__(self, in_channels: int, skip_channels: int):
         super().__init__()
@@ -55,7 +63,7 @@ class Up(nn.Module):
         self.conv2 = ConvNormReLU(skip_channels, skip_channels, 3)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
         return self.conv2(self.conv1(torch.cat([x, skip], dim=1)))
 
 
@@ -75,11 +83,10 @@ class FusionUNet(nn.Module):
         ModelError: the weights have an unknown name or can't be fetched.
     """
 
-    def __init__(
-        self, weights: str | None = "IMAGENET1K_V1", freeze_backbone: bool = True, out_channels: int = 1
-    ) -> None:
+    def __init__(self, weights: str | None = "IMAGENET1K_V1", freeze_backbone: bool = True, out_channels: int = 1):
         super().__init__()
         self.freeze_backbone = freeze_backbone
+        self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets that of the checkpoint
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
@@ -116,13 +123,19 @@ class FusionUNet(nn.Module):
         x = self.up4(x, self.fuse4(f4))  # (N, 64, H/4, W/4)
         x = self.up2(x, self.fuse2(f2))  # (N, 32, H/2, W/2)
         logits = self.head(x)  # (N, out_channels, H/2, W/2)
-        return F.interpolate(logits, size=image_a.shape[-2:], mode="bilinear", align_corners=False)
+        logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
+        return logits[..., : image_a.shape[-2], : image_a.shape[-1]]
 
     def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
-        """The backbone's features of both dates, first all A then all B, at strides 2, 4, 8, 16 and 32."""
+        """The backbone's features of both dates, first all A then all B, at strides 2, 4, 8, 16 and 32.
+
+        H and W are the images', enlarged to multiples of 32 by repeating the last column and row: so each scale is
+        exactly half of the one before, and a tile's features are its image's.
+        """
         images = torch.cat([image_a, image_b])  # (2N, 3, H, W)
         if images.dtype == torch.uint8:
             images = images.float() / 255
+        images = F.pad(images, (0, -images.shape[-1] % STRIDE, 0, -images.shape[-2] % STRIDE), mode="replicate")
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             f2 = self.stem(images)  # (2N, 64, H/2, W/2)
@@ -140,22 +153,57 @@ class FusionUNet(nn.Module):
                 module.eval()
         return self
 
-    def predict(self, image_a: Tensor, image_b: Tensor) -> Tensor:
-        """Probability of change for one pair, on the model's device, without gradients.
+    def predict(self, image_a: ImageLike, image_b: ImageLike, tile_size: int = 1024, tta: bool = False) -> Tensor:
+        """Probability of change for one pair of any size, on the model's device, without gradients.
+
+        What is larger than a tile is cut into overlapping tiles, blended where they overlap. Beside the images and the
+        result, memory holds one tile's features: about 1 GB for 1024 pixels in float32.
 
         Args:
-            image_a: the image before, (3, H, W), uint8 or float in 0..1.
+            image_a: the image before: a file, a uint8 array (H, W, 3), or a tensor (3, H, W), uint8 or float in 0..1.
             image_b: the image after, likewise.
+            tile_size: side of a tile in pixels, a multiple of 32 of at least 512; what fits into one is one pass.
+            tta: test-time augmentation, average over flips and quarter turns; takes eight times as long.
 
         Returns:
             float32 (H, W) in 0..1, on the CPU.
+
+        Raises:
+            DataError: an image that can't be read, of another kind or size, or a tile size that doesn't fit.
         """
+        image_a, image_b = _as_tensor(image_a), _as_tensor(image_b)
+        if image_a.shape != image_b.shape:
+            sizes = " and ".join(f"{image.shape[2]} × {image.shape[1]}" for image in (image_a, image_b))
+            raise DataError(f"a pair of two sizes, {sizes} pixels: give two images of one size")
+        if tile_size % STRIDE or tile_size < 2 * OVERLAP:
+            raise DataError(f"tile_size={tile_size}: must be a multiple of {STRIDE}, {2 * OVERLAP} or more")
+        views = list(itertools.product(range(4), (False, True))) if tta else [(0, False)]
+        rows, columns = (_blending(length, tile_size) for length in image_a.shape[1:])
         was_training, device = self.training, self.mean.device
+        probability = torch.zeros(image_a.shape[1:])
+        bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None, delay=1)
         self.eval()
-        with torch.inference_mode():
-            logits = self(image_a[None].to(device), image_b[None].to(device))
-        self.train(was_training)
-        return logits[0, 0].float().sigmoid().cpu()
+        try:
+            with torch.inference_mode(), bar:
+                for (y, weight_y), (x, weight_x) in itertools.product(rows, columns):
+                    window = slice(y, y + len(weight_y)), slice(x, x + len(weight_x))
+                    tile = torch.stack([image_a[:, *window], image_b[:, *window]]).to(device)
+                    probability[window] += weight_y[:, None] * weight_x * self._predict_tile(tile, views).cpu()
+                    bar.update()
+        finally:
+            self.train(was_training)
+        return probability
+
+    def _predict_tile(self, pair: Tensor, views: list[tuple[int, bool]]) -> Tensor:
+        """Probability (h, w) for (2, 3, h, w), averaged over views: quarter turns, and whether to mirror then."""
+        probability = torch.zeros(pair.shape[-2:], device=pair.device)
+        for turns, mirrored in views:
+            view = torch.rot90(pair, turns, (-2, -1))
+            image_a, image_b = view.flip(-1) if mirrored else view
+            logits = self(image_a[None], image_b[None])[0, 0].float()
+            logits = logits.flip(-1) if mirrored else logits
+            probability += torch.rot90(logits, -turns, (-2, -1)).sigmoid() / len(views)
+        return probability
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device | None = None) -> FusionUNet:
@@ -175,6 +223,7 @@ class FusionUNet(nn.Module):
             checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
             model = cls(weights=None, **checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"])
+            model.threshold = float(checkpoint.get("threshold", 0.5))
         except Exception as error:  # torch.load has no error of its own: a broken file raises what its reader meets
             raise ModelError(
                 f"{path}: not a FusionUNet checkpoint, or a damaged one ({type(error).__name__}); "
@@ -182,12 +231,42 @@ class FusionUNet(nn.Module):
             ) from error
         return model.to(device, memory_format=torch.channels_last).eval()
 
-    def model_args(self) -> dict:
-        """What `load` needs, beside the weights, to build this model again."""
-        return {"freeze_backbone": self.freeze_backbone, "out_channels": self.head.out_channels}
+    def checkpoint(self) -> dict:
+        """All that `load` needs to give this model back."""
+        model_args = {"freeze_backbone": self.freeze_backbone, "out_channels": self.head.out_channels}
+        return {"model_args": model_args, "model": self.state_dict(), "threshold": self.threshold}
 
     def _backbone(self) -> list[nn.Module]:
         return [self.stem, self.layer1, self.layer2, self.layer3, self.layer4]
+
+
+def _as_tensor(image: ImageLike) -> Tensor:
+    if isinstance(image, str | os.PathLike):
+        image = read_rgb(Path(image))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        image = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)
+    if not torch.is_tensor(image) or image.ndim != 3 or image.shape[0] != 3:
+        kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+        raise DataError(f"an image is a file, a uint8 array (H, W, 3) or a tensor (3, H, W), not {kind}")
+    return image
+
+
+def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
+    """Where tiles begin along a side of an image, at multiples of 32, and the weight of each of their pixels.
+
+    All tiles' weights add up to 1 at a pixel. From a tile's inner edge on they are 0 for a quarter of the overlap,
+    where the tile lacks its surroundings, then rise in a straight line over the next half.
+    """
+    end = length + -length % STRIDE
+    starts = [*range(0, max(0, end - tile_size), tile_size - OVERLAP), max(0, end - tile_size)]
+    pixel = torch.arange(length)
+    weights = torch.ones(len(starts), length)
+    for weight, start in zip(weights, starts, strict=True):
+        left = pixel - start + 0.5 if start else torch.full((length,), torch.inf)
+        right = start + tile_size - pixel - 0.5 if start + tile_size < end else torch.full((length,), torch.inf)
+        weight[:] = ((torch.minimum(left, right) - OVERLAP / 4) / (OVERLAP / 2)).clamp(0, 1)
+    weights /= weights.sum(0)
+    return [(start, weight[start : start + tile_size]) for start, weight in zip(starts, weights, strict=True)]
 
 
 def _resnet50(weights: str | None) -> torchvision.models.ResNet:
@@ -210,8 +289,8 @@ def _resnet50(weights: str | None) -> torchvision.models.ResNet:
 def _untrained_resnet50() -> torchvision.models.ResNet:
     """A ResNet-50 of random weights whose BatchNorm statistics were measured on noise.
 
-    At their start values, 0 and 1, frozen statistics normalise nothing, and what tells one place from another
-    fades from stage to stage (data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856).
+    At their start values, 0 and 1, they normalise nothing, and what tells places apart fades from stage to stage
+    (data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856).
     """
     resnet = torchvision.models.resnet50()
     norms = [module for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -1,8 +1,15 @@
-"""Pictures of what a model predicts. Reads only the pairs that it draws."""
+"""Pictures of what a model predicts; `python visualize.py CHECKPOINT BEFORE AFTER` writes the masks of any images."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import csv
 import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,24 +17,37 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 from torch.utils.data import Dataset
 
-from model import FusionUNet
+from data.georeference import georeference, pixel_area, world_file, write
+from dataset import DataError, find_pairs, read_rgb
+from model import FusionUNet, ModelError
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
 OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442"}
-COLUMNS = ("before", "after", "truth", "prediction", "errors")
-CELL = 2.2  # inches, a side
+COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
+CELL = 1.9  # inches, a side
+DPI = 75  # 855 pixels across, what a README shows
+FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
+
+OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
 
 
+class OptionError(ValueError):
+    """A name or a value on the command line that can't be; the message says what can."""
+
+
+@plt.rc_context(FONT)
 def plot_predictions(
     model: FusionUNet,
     dataset: Dataset,
     device: str | torch.device = "cuda",
     num_samples: int = 10,
     path: str | os.PathLike | None = "results.png",
+    items: Sequence[int] | None = None,
 ) -> Figure:
-    """Draw a row for each of a few pairs: before, after, truth, prediction, and where the two differ.
+    """Draw a row for each of a few pairs: before, after, truth, prediction at 0.5, where the two differ, probability.
 
     The model's mode and device are left as they were.
 
@@ -37,62 +57,237 @@ def plot_predictions(
         device: where to predict.
         num_samples: rows, spread evenly over the data set; all of it where it holds fewer.
         path: PNG to write, its folder made where missing; None writes nothing.
+        items: what to draw instead, in this order.
 
     Returns:
         The figure, closed for pyplot, so that a notebook shows it once: as the value of its cell.
 
     Raises:
-        ValueError: num_samples is below 1 or the data set is empty.
+        ValueError: there is nothing to draw.
         RuntimeError: `device` is a CUDA device and there is none.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError('no CUDA device here: call plot_predictions(..., device="cpu")')
-    if num_samples < 1 or len(dataset) < 1:
+    if items is None and num_samples > 0 and len(dataset) > 0:
+        items = np.unique(np.linspace(0, len(dataset) - 1, num_samples).round().astype(int)).tolist()
+    if not items:
         raise ValueError(f"nothing to draw: {num_samples} samples of a data set of {len(dataset)}")
-    rows = np.unique(np.linspace(0, len(dataset) - 1, num_samples).round().astype(int)).tolist()
+    figure, grid = plt.subplots(
+        len(items), len(COLUMNS), figsize=(CELL * len(COLUMNS), CELL * len(items) + 0.6),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    plt.close(figure)
     home = next(model.parameters()).device
     model.to(device)
     try:
-        figure, grid = plt.subplots(
-            len(rows), len(COLUMNS), figsize=(CELL * len(COLUMNS), CELL * len(rows) + 0.6),
-            squeeze=False, layout="constrained",
-        )  # fmt: skip
-        plt.close(figure)
-        for axes, index in zip(grid, rows, strict=True):
+        for axes, index in zip(grid, items, strict=True):
             image_a, image_b, label = dataset[index]
-            truth = label[0].numpy().astype(bool)
-            prediction = model.predict(image_a, image_b).numpy() > 0.5
-            _draw_row(axes, image_a, image_b, truth, prediction)
-            name = dataset.name(index) if hasattr(dataset, "name") else f"{index}"
-            axes[0].set_ylabel(name, fontsize=8)
+            _draw_row(axes, image_a, image_b, label[0].numpy() > 0, model.predict(image_a, image_b).numpy())
+            axes[0].set_ylabel(dataset.name(index) if hasattr(dataset, "name") else f"{index}")
     finally:
         model.to(home)
     for axis, title in zip(grid[0], COLUMNS, strict=True):
-        axis.set_title(title, fontsize=11)
+        axis.set_title(title)
     handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in OUTCOMES.items()]
-    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=10)
-    if path is not None:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        figure.savefig(path, dpi=100)
-    return figure
+    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False)
+    return _saved(figure, path)
 
 
 def _draw_row(
-    axes: np.ndarray, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, prediction: np.ndarray
+    axes: np.ndarray, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
 ) -> None:
+    prediction = probability > 0.5
     errors = np.zeros((*truth.shape, 3))
-    for colour, where in zip(
-        OUTCOMES.values(), (truth & prediction, truth & ~prediction, ~truth & prediction), strict=True
-    ):
+    outcomes = (truth & prediction, truth & ~prediction, ~truth & prediction)
+    for colour, where in zip(OUTCOMES.values(), outcomes, strict=True):
         errors[where] = to_rgb(colour)
-    for axis, picture in zip(
-        axes,
-        (image_a.permute(1, 2, 0).numpy(), image_b.permute(1, 2, 0).numpy(), truth, prediction, errors),
-        strict=True,
-    ):
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
+    before, after = (image.permute(1, 2, 0).numpy() for image in (image_a, image_b))
+    for axis, picture in zip(axes, (before, after, truth, prediction, errors, probability), strict=True):
+        colours = "cividis" if picture is probability else "gray"
+        axis.imshow(picture, cmap=colours, vmin=0, vmax=1, interpolation="antialiased")
         axis.set_xticks([])
         axis.set_yticks([])
     union = (truth | prediction).sum()
-    iou = f"IoU {(truth & prediction).sum() / union:.2f}" if union else "no change, none predicted"
-    axes[-1].set_xlabel(iou, fontsize=9)
+    axes[-2].set_xlabel(f"IoU {(truth & prediction).sum() / union:.2f}" if union else "no change, none found")
+
+
+@plt.rc_context(FONT)
+def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None = None) -> Figure:
+    """Draw loss, IoU and learning rate over the epochs of a run's `metrics.csv`; the figure is closed for pyplot."""
+    with open(metrics_csv, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    plt.close(figure)
+    panels = {"loss": ("train_loss", "val_loss"), "IoU": ("train_iou", "val_iou"), "learning rate": ("learning_rate",)}
+    for axis, (title, columns) in zip(axes, panels.items(), strict=True):
+        for column, colour in zip(columns, ("#0072b2", "#d55e00"), strict=False):
+            values = [float(row[column]) for row in rows]
+            axis.plot([int(row["epoch"]) for row in rows], values, "o-", color=colour, label=column.split("_")[0])
+        axis.set(title=title, xlabel="epoch", ylim=(0, 1.08 * axis.dataLim.y1 or 1))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    return _saved(figure, path)
+
+
+@plt.rc_context(FONT)
+def plot_precision_recall(
+    curve: dict[str, np.ndarray], thresholds: Sequence[float] = (0.5,), title: str = "", path: str | None = None
+) -> Figure:
+    """Draw a curve of `ThresholdMetrics` over lines of equal F1, with points at some thresholds; closed for pyplot."""
+    figure, axis = plt.subplots(figsize=(5.5, 5), layout="constrained")
+    plt.close(figure)
+    recall, precision = np.meshgrid(*[np.linspace(0.001, 1, 200)] * 2)
+    f1 = 2 * precision * recall / (precision + recall)
+    lines = axis.contour(recall, precision, f1, np.arange(0.1, 1, 0.1), colors="0.8", linewidths=0.8)
+    axis.clabel(lines, fmt="F1 %.1f", fontsize=8)
+    axis.plot(curve["recall"], curve["precision"], color="#0072b2")
+    for threshold, marker in zip(thresholds, "osd^", strict=False):
+        at = np.abs(curve["threshold"] - threshold).argmin()
+        axis.plot(curve["recall"][at], curve["precision"][at], marker, color="#d55e00", label=f"at {threshold:.2f}")
+    axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
+    axis.legend(loc="lower left", frameon=False)
+    return _saved(figure, path)
+
+
+def _saved(figure: Figure, path: str | os.PathLike | None) -> Figure:
+    if path is not None:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+    return figure
+
+
+def write_masks(
+    checkpoint: str | os.PathLike,
+    before: str | os.PathLike,
+    after: str | os.PathLike | None = None,
+    *,
+    out: str | None = None,
+    probability: bool = False,
+    threshold: float | None = None,
+    pixel_size: float | None = None,
+    tile_size: int = 1024,
+    tta: bool = False,
+    device: str | None = None,
+) -> None:
+    """Predict files; write the mask of each pair (0 and 255) and an overlay, and print the area that changed.
+
+    A GeoTIFF's mask is a GeoTIFF of the same place; a world file gets its copy beside the mask.
+
+    Args:
+        checkpoint: `best.pt` of a run.
+        before: an image, a folder of images, or, without `after`, a folder that holds A and B.
+        after: the image or folder after; files of two folders are paired by their stems.
+        out: file to write for one pair, folder for folders; None for mask.png (mask.tif for a GeoTIFF) or masks.
+        probability: write the probability too, 0..65535 for 0..1.
+        threshold: probability above which a pixel counts as changed; None for the checkpoint's, best on validation.
+        pixel_size: metres; None for a GeoTIFF's own.
+        tile_size: as in `FusionUNet.predict`.
+        tta: as in `FusionUNet.predict`.
+        device: as in `FusionUNet.load`.
+
+    Raises:
+        DataError: images that can't be read, or are not of one place and size.
+        ModelError: not a checkpoint.
+    """
+    before, after = (Path(before), Path(after)) if after else (Path(before, "A"), Path(before, "B"))
+    for path in (before, after):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder; give two images, two folders, or one that holds A and B")
+    one = before.is_file() and after.is_file()
+    pairs = [(before, after)] if one else find_pairs(before, after)
+    model = FusionUNet.load(checkpoint, pick_device(device))
+    threshold = model.threshold if threshold is None else threshold
+    print(f"{len(pairs)} to predict; changed where the probability is above {threshold:.3f}", flush=True)
+    for path_a, path_b in pairs:
+        image_a, image_b = read_rgb(path_a), read_rgb(path_b)
+        if image_a.shape != image_b.shape:
+            sizes = [f"{image.shape[1]} × {image.shape[0]}" for image in (image_a, image_b)]
+            raise DataError(f"{path_b}: {sizes[1]} pixels, but {path_a} has {sizes[0]}; a pair needs one size")
+        tags = georeference(path_a, path_b)
+        kind = ".tif" if tags else ".png"
+        mask_path = Path(out or f"mask{kind}") if one else Path(out or "masks", f"{path_a.stem}{kind}")
+        if mask_path.suffix.lower() not in (".png", ".tif", ".tiff"):
+            raise DataError(f"OUT={mask_path}: a mask is written as .png or .tif")
+        if mask_path.resolve() in (path_a.resolve(), path_b.resolve()):
+            raise DataError(f"OUT={mask_path}: would overwrite an input; name another")
+        chance = model.predict(image_a, image_b, tile_size, tta).numpy()
+        mask = chance > threshold
+
+        mask_path.parent.mkdir(parents=True, exist_ok=True)
+        write(mask_path, mask.astype(np.uint8) * 255, tags)
+        if probability:
+            chance *= 65535
+            write(mask_path.with_stem(f"{mask_path.stem}_probability"), chance.round().astype(np.uint16), tags)
+        _overlay(image_b, mask).save(mask_path.with_name(f"{mask_path.stem}_overlay.jpg"), quality=90)
+        if (world := world_file(path_a)).exists():
+            world_file(mask_path).write_bytes(world.read_bytes())
+        elif tags and mask_path.suffix.lower() == ".png":
+            print(f"{mask_path}: a PNG can't say where it lies; OUT={mask_path.with_suffix('.tif')} can")
+        area = pixel_size**2 if pixel_size else pixel_area(tags)
+        square_metres = f", {mask.sum() * area:,.1f} m²" if area else ""
+        changed = f"{mask.sum():,} of {mask.size:,} pixels changed ({mask.mean():.2%}){square_metres}"
+        print(f"{mask_path}: {changed}", flush=True)
+
+
+def _overlay(image: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """The image with what changed in colour, made small enough to look at."""
+    factor = -(-max(mask.shape) // OVERLAY_SIDE)
+    picture = np.asarray(Image.fromarray(image).reduce(factor)).astype(np.float32)
+    share = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).reduce(factor))[..., None] / 255 * 0.6
+    colour = 255 * np.array(to_rgb(OUTCOMES["missed"]))
+    return Image.fromarray((picture * (1 - share) + colour * share).round().astype(np.uint8))
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, once it was seen to work."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
+    return device
+
+
+def parse(arguments: Sequence[str], hints: dict[str, type]) -> dict[str, object]:
+    """`NAME=value` of a command line; numbers, True, False and None are read as such.
+
+    Raises:
+        OptionError: a name that isn't among the hints, or a value that isn't of its type.
+    """
+    parsed: dict[str, object] = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals or name not in hints:
+            raise OptionError(f"{argument}: give NAME=value; there are {', '.join(hints)}")
+        if value == "None" or not isinstance("", hints[name]):
+            with contextlib.suppress(ValueError, SyntaxError):  # what is no literal stays text, which `typed` refuses
+                value = ast.literal_eval(value)
+        parsed[name] = typed(name, value, hints[name])
+    return parsed
+
+
+def typed(name: str, value: object, hint: type) -> object:
+    """The value, if it is of that type; a whole number will do for a fraction."""
+    if type(value) is int and isinstance(0.5, hint):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise OptionError(f"{name}={value}: must be {getattr(hint, '__name__', hint)}")
+    return value
+
+
+if __name__ == "__main__":
+    types = typing.get_type_hints(write_masks)
+    hints = {name.upper(): types[name] for name in write_masks.__kwdefaults__}
+    paths = [argument for argument in sys.argv[1:] if "=" not in argument]
+    try:
+        if len(paths) not in (2, 3):
+            raise OptionError("give CHECKPOINT BEFORE AFTER, or CHECKPOINT FOLDER, a folder that holds A and B")
+        options = parse([argument for argument in sys.argv[1:] if "=" in argument], hints)
+        write_masks(*paths, **{name.lower(): value for name, value in options.items()})
+    except (OptionError, DataError, ModelError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory ran out: lower TILE_SIZE")

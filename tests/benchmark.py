@@ -69,8 +69,15 @@ def main(device: torch.device, pairs: int) -> None:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}; {pairs} pairs of {SIZE} × {SIZE}; medians")
+    large_a, large_b = torch.randint(0, 256, (2, 3, 1024, 1024), dtype=torch.uint8, device=device)
+
+    def encode_large() -> None:
+        with torch.inference_mode():
+            model.encode(large_a[None], large_b[None])
+
     rows = {"backbone, forward": encode, "model, forward": predict, "training step": step}
     rows["colour jitter, one date"] = lambda: color_jitter(image_a, 0.1, 0.1, 0.1, 0.01)
+    whole = {"1024 × 1024, backbone": encode_large, "1024 × 1024, predict": lambda: model.predict(large_a, large_b)}
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         for part in ("A", "B", "label"):
@@ -83,9 +90,10 @@ def main(device: torch.device, pairs: int) -> None:
             data = LEVIRCD(folder, "train", SIZE, augment=True, cache_dir=cache)
             keys = (list(RandomDraws(len(data))) * pairs)[:pairs]
             rows[f"loading, {kind}"] = lambda data=data, keys=keys: [data[key] for key in keys]
-        for row, work in tqdm(rows.items(), unit="row", leave=False, disable=None):
+        for row, work in tqdm((rows | whole).items(), unit="row", leave=False, disable=None):
             took = seconds(work, device)
-            print(f"{row:26} {took:8.4f} s {pairs / took:10.1f} pairs/s", flush=True)
+            rate = (1 if row in whole else pairs) / took
+            print(f"{row:26} {took:8.4f} s {rate:10.1f} pairs/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +85,7 @@ def test_masks_of_every_kind(tmp_path, image):
     assert np.array_equal(LEVIRCD(tmp_path, "val")[0][2][0], MASK)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("mode", ["P", "RGB", "RGBA"])
 def test_images_of_every_kind(tmp_path, mode):
     rgb = Image.fromarray(RNG.integers(0, 255, (8, 8, 3), dtype=np.uint8))
     write_pair(tmp_path / "val", "x", *[np.zeros((8, 8, 3), np.uint8)] * 2, np.zeros((8, 8), np.uint8))
@@ -217,6 +219,12 @@ def break_one(folder: Path, case: str) -> str:
             image.unlink()
             image = folder / "B" / "x.jpg"
             Image.new("CMYK", (32, 32)).save(image)
+        case "grey":
+            Image.new("L", (32, 32)).save(image)
+        case "bomb":
+            image.write_bytes(
+                image.read_bytes().replace(struct.pack(">II", 32, 32), struct.pack(">II", 21_000, 20_000))
+            )
         case "two of one stem":
             Image.new("RGB", (32, 32)).save(folder / "B" / "x.tif")
             return str(folder / "B" / "x.")
@@ -230,17 +238,11 @@ def break_one(folder: Path, case: str) -> str:
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
-    import struct
-    import zlib
-
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png_16_bit_rgb(size: int) -> bytes:
     """Pillow writes none, but reads it, and keeps the high bytes alone."""
-    import struct
-    import zlib
-
     header = struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0)
     rows = zlib.compress((b"\0" + b"\1\2" * 3 * size) * size)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
@@ -250,7 +252,8 @@ PNG_16_BIT_RGB = png_16_bit_rgb(32)
 
 CASES = (
     "missing folder", "empty split", "A without B", "no label", "sizes differ", "truncated", "no bytes", "text",
-    "16-bit grey", "16-bit colour", "transparent", "CMYK", "two of one stem", "grey label", "coloured label",
+    "16-bit grey", "16-bit colour", "transparent", "CMYK", "grey", "bomb", "two of one stem", "grey label",
+    "coloured label",
 )  # fmt: skip
 
 

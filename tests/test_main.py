@@ -8,16 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import torch
+from scipy.special import logit
+from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from data.make_demo import make_demo
-from dataset import DataError
+from dataset import LEVIRCD, DataError
+from metrics import ThresholdMetrics
 from model import FusionUNet
 
 MAIN = Path(main.__file__)
@@ -48,6 +53,10 @@ def logged_run(folder: str) -> mlflow.entities.Run:
     return run
 
 
+def parse(arguments: list[str]) -> dict[str, object]:
+    return main.parse(arguments, typing.get_type_hints(main))
+
+
 def python_main(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, MAIN, *arguments], capture_output=True, text=True, timeout=300)
 
@@ -57,8 +66,9 @@ def test_a_whole_run(tiny, capsys):
     scores = main.main(**constants)
     run = Path("runs/run")
     assert {path.name for path in run.iterdir() if "events" not in path.name} == {
-        "best.pt", "last.pt", "constants.json", "metrics.csv", "test_metrics.json", "predictions",
-        "validation_predictions.png",
+        "best.pt", "last.pt", "constants.json", "metrics.csv", "curves.png", "predictions",
+        "validation_predictions.png", "test_metrics.json", "per_image.csv", "precision_recall.png", "worst.png",
+        "best.png",
     }  # fmt: skip
     assert {path.name for path in (run / "predictions").iterdir()} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
     assert Path("images/validation_predictions.png").exists()
@@ -75,13 +85,6 @@ def test_a_whole_run(tiny, capsys):
     assert record["constants"] == {name: getattr(main, name) for name in record["constants"]} | constants
     assert not record["demo"] and record["versions"]["torch"] == torch.__version__
 
-    # The saved model is the one that was scored.
-    model = FusionUNet.load(run / "best.pt", "cpu")
-    config, _ = main.configure(constants | {"RUN_NAME": None})
-    loaders = main.make_loaders(config, torch.device("cpu"))
-    again = main.run_pass(model, loaders["test"], main.CombinedIoULoss(main.ALPHA), config)
-    assert again["iou"] == scores["test_iou"] and again["loss"] == pytest.approx(scores["test_loss"])
-
     events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("val/iou")] == [1, 2, 3, 4]
     assert events.Scalars("val/iou")[1].value == pytest.approx(float(rows[1]["val_iou"]))
@@ -96,9 +99,42 @@ def test_a_whole_run(tiny, capsys):
         (i, float(rows[i - 1]["val_iou"])) for i in (1, 2, 3, 4)
     ]
     artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(logged.info.run_id)}
-    assert artifacts == {
-        "best.pt", "constants.json", "metrics.csv", "test_metrics.json", "predictions", "validation_predictions.png",
-    }  # fmt: skip
+    assert artifacts == {path.name for path in run.iterdir() if "events" not in path.name} - {"last.pt"}
+
+    # The saved model is the one that was scored, and it is scored the same again.
+    again = main.main(EVALUATE=str(run / "best.pt"), **constants | {"RUN_NAME": "again"})
+    assert again == {name: value for name, value in scores.items() if name.startswith("test_")}
+    assert logged_run("again").data.metrics["test_whole_iou"] == again["test_whole_iou"]
+
+
+def test_scores_of_a_split(tiny):
+    """Against scikit-learn, from masks that the loaded model predicts by itself."""
+    torch.manual_seed(0)
+    model = FusionUNet(weights=None)
+    model.threshold = float(torch.sigmoid(torch.tensor(-3.0)))  # in the midst of an untrained model's probabilities
+    torch.save(model.checkpoint(), "model.pt")
+    scores = main.main(DATA_DIR=str(tiny), EVALUATE="model.pt", SPLIT="train", **QUICK | {"RUN_NAME": "run"})
+    loaded, images = FusionUNet.load("model.pt", "cpu"), LEVIRCD(tiny, "train")
+    assert loaded.threshold == model.threshold == scores["train_threshold"]
+    truth = [label[0].numpy() for _, _, label in images]
+    chance = [loaded.predict(image_a, image_b).numpy() for image_a, image_b, _ in images]
+    everything = np.concatenate(truth, axis=None), np.concatenate(chance, axis=None)
+    for prefix, threshold in (("whole_", 0.5), ("whole_tuned_", model.threshold)):
+        expected = {
+            "precision": precision_score(everything[0], everything[1] > threshold, zero_division=0),
+            "dice": f1_score(everything[0], everything[1] > threshold),
+            "mean_iou": jaccard_score(everything[0], everything[1] > threshold, average="macro"),
+        }
+        assert {name: scores[f"train_{prefix}{name}"] for name in expected} == pytest.approx(expected, abs=1e-3)
+    steps = np.searchsorted(ThresholdMetrics.LOGITS.numpy(), logit(everything[1]))
+    expected = average_precision_score(everything[0], steps)
+    assert scores["train_average_precision"] == pytest.approx(expected, abs=1e-3)
+
+    with open("runs/run/per_image.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"] for row in rows} == {f"pair_{index}" for index in range(4)}
+    assert [float(row["iou"]) for row in rows] == sorted(float(row["iou"]) for row in rows)
+    assert json.loads(Path("runs/run/train_metrics.json").read_text()) == scores
 
 
 def test_one_seed_one_result_with_any_workers_and_the_backbone_stays(tiny):
@@ -169,7 +205,7 @@ def test_signals_end_it_without_a_traceback(tiny, number, code, monkeypatch, tmp
 
 
 def test_command_line_values_get_their_types():
-    assert main.parse("EPOCHS=3 LEARNING_RATE=1e-4 WEIGHTS=None RUN_NAME=12 AMP=False".split()) == {
+    assert parse("EPOCHS=3 LEARNING_RATE=1e-4 WEIGHTS=None RUN_NAME=12 AMP=False".split()) == {
         "EPOCHS": 3, "LEARNING_RATE": 1e-4, "WEIGHTS": None, "RUN_NAME": "12", "AMP": False,
     }  # fmt: skip
     config, demo = main.configure({"DATA_DIR": "x", "WARMUP_EPOCHS": 2, "EPOCHS": 7})
@@ -182,13 +218,13 @@ def test_command_line_values_get_their_types():
         "EPOCH=3", "EPOCHS", "EPOCHS=0", "EPOCHS=-1", "EPOCHS=2.5", "EPOCHS=many", "EPOCHS=True", "EPOCHS=None",
         "LEARNING_RATE=nan", "LEARNING_RATE=-1.0", "LEARNING_RATE=1e999", "AMP=1", "AMP=maybe", "DATA_DIR=None",
         "HUE=0.6", "ALPHA=1.5", "CROP_SIZE=0", "DEVICE=tpu9", "RUN_NAME=../up", "RUN_NAME=taken", "WEIGHTS=V9",
-        "DATA_DIR=nowhere", "--help",
+        "DATA_DIR=nowhere", "EVALUATE=nowhere.pt", "--help",
     ],
 )  # fmt: skip
 def test_a_wrong_constant_is_one_line(tiny, argument):
     Path("runs/taken").mkdir(parents=True)
-    with pytest.raises((main.ConstantError, DataError, main.ModelError)) as error:
-        main.main(**{"DATA_DIR": str(tiny)} | QUICK | main.parse([argument]))
+    with pytest.raises((main.OptionError, DataError, main.ModelError)) as error:
+        main.main(**{"DATA_DIR": str(tiny)} | QUICK | parse([argument]))
     message = str(error.value)
     assert argument.partition("=")[0].lower() in message.lower() or "nowhere" in message
     assert "\n" not in message
@@ -198,7 +234,7 @@ def test_a_wrong_constant_is_one_line(tiny, argument):
 def test_the_command_line_ends_in_one_line():
     done = python_main("EPOCH=3")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: EPOCH: no such constant; there are DATA_DIR, ")
+    assert done.stderr.startswith("error: EPOCH=3: give NAME=value; there are DATA_DIR, ")
     assert done.stderr.count("\n") == 1
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from metrics import ChangeMetrics
+from metrics import ChangeMetrics, ThresholdMetrics
 
 
 def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
@@ -19,7 +19,7 @@ def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
 def test_equal_to_scikit_learn_over_batches_of_any_size(share):
     rng, metrics, seen = np.random.default_rng(0), ChangeMetrics(), []
     for pairs in (4, 4, 1):
-        label = (rng.random((pairs, 1, 32, 24)) < share).astype(np.uint8)
+        label = (rng.random((pairs, 1, 32, 24)) < 0.1).astype(np.uint8)
         logits = rng.normal(size=label.shape).astype(np.float32) + 2 * label - 1
         metrics.update(torch.from_numpy(logits), torch.from_numpy(label))
         seen.append((label.ravel(), logits.ravel() > 0))
@@ -76,3 +76,61 @@ def test_counts_beyond_float32():
     metrics.update(pixel, pixel)
     metrics.update(pixel, 1 - pixel)
     assert metrics.compute()["precision"] == (2**24 + 1) / (2**24 + 2)
+
+
+# Thresholds
+
+
+def random_split(shift: float = -2) -> tuple[ThresholdMetrics, np.ndarray, np.ndarray]:
+    """The metrics of three batches, and all their labels and logits; some logits are exactly 0."""
+    rng, metrics, seen = np.random.default_rng(0), ThresholdMetrics(), []
+    for pairs in (4, 4, 1):
+        label = (rng.random((pairs, 1, 32, 24)) < 0.1).astype(np.uint8)
+        logits = (3 * rng.normal(size=label.shape) + 4 * label + shift).astype(np.float32)
+        logits[0, 0, 0] = 0
+        metrics.update(torch.from_numpy(logits), torch.from_numpy(label))
+        seen.append((label.ravel(), logits.ravel()))
+    return metrics, *(np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+
+
+def test_at_one_half_they_are_the_plain_scores():
+    metrics, label, logits = random_split()
+    assert metrics.compute() == scores_of(logits > 0, label)
+
+
+def test_curve_and_average_precision_equal_scikit_learns_on_the_same_steps():
+    metrics, label, logits = random_split()
+    steps = np.searchsorted(metrics.LOGITS.numpy(), logits)  # probabilities, told apart as far as the thresholds do
+    precision, recall, reached = sk.precision_recall_curve(label, steps)
+    curve = metrics.curve()
+    assert curve["precision"][reached] == pytest.approx(precision[:-1], abs=1e-6)
+    assert curve["recall"][reached] == pytest.approx(recall[:-1], abs=1e-6)
+    assert metrics.average_precision() == pytest.approx(sk.average_precision_score(label, steps), abs=1e-6)
+    assert metrics.average_precision() == pytest.approx(sk.average_precision_score(label, logits), abs=0.01)
+
+
+def test_the_best_threshold_is_best():
+    metrics, label, logits = random_split(shift=0)
+    best = metrics.best_threshold()
+    probability = 1 / (1 + np.exp(-logits.astype(float)))
+    every = [sk.jaccard_score(label, probability > threshold) for threshold in metrics.curve()["threshold"]]
+    assert (
+        metrics.compute(best)["iou"]
+        == pytest.approx(max(every))
+        == pytest.approx(sk.jaccard_score(label, probability > best))
+    )
+    assert best != 0.5 and metrics.compute(best)["iou"] > metrics.compute()["iou"]
+
+
+def test_of_equal_thresholds_the_middle_one():
+    metrics = ThresholdMetrics()
+    metrics.update(torch.tensor([-5.0, 5.0]).view(1, 1, 1, 2), torch.tensor([0, 1]).view(1, 1, 1, 2))
+    assert metrics.best_threshold() == 0.5 and metrics.average_precision() == 1
+
+
+def test_thresholds_where_nothing_is_labelled():
+    metrics = ThresholdMetrics()
+    metrics.update(torch.randn(1, 1, 8, 8) - 20, torch.zeros(1, 1, 8, 8))
+    assert metrics.average_precision() == 0 and metrics.best_threshold() == 0.5
+    assert set(metrics.compute().values()) == {1.0}
+    assert all(np.isfinite(values).all() for values in metrics.curve().values())

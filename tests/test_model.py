@@ -1,16 +1,20 @@
 """FusionUNet: shapes, freezing, weights and checkpoints."""
 
+import copy
 import inspect
 import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
-from model import FusionUNet, ModelError
+from dataset import DataError
+from model import STRIDE, FusionUNet, ModelError, _blending
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +118,124 @@ def test_not_frozen_learns_everywhere():
     assert model.layer4.training
 
 
+# predict
+
+
+@pytest.fixture(scope="module")
+def lively(model) -> FusionUNet:
+    """The model, its head made so steep that probabilities spread over 0..1."""
+    lively = copy.deepcopy(model)
+    with torch.no_grad():
+        logits = lively(*images(2, 256, 256))
+        lively.head.weight *= 2 / logits.std()
+        lively.head.bias.zero_()
+        lively.head.bias -= lively(*images(2, 256, 256)).mean()
+    return lively
+
+
+def whole_pass(model: FusionUNet, image_a: torch.Tensor, image_b: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(image_a[None], image_b[None])[0, 0].sigmoid()
+
+
 def test_predict_leaves_the_mode_and_gives_probabilities(model):
     image_a, image_b = (image[0] for image in images(1, 50, 40))
     model.train()
     probability = model.predict(image_a, image_b)
     assert model.training and not model.layer1.training
     model.eval()
-    with torch.no_grad():
-        expected = model(image_a[None], image_b[None])[0, 0].sigmoid()
-    torch.testing.assert_close(probability, expected)
+    torch.testing.assert_close(probability, whole_pass(model, image_a, image_b))
+
+
+def smooth_pair(height: int, width: int) -> list[torch.Tensor]:
+    """Blobs of some size, as an aerial image has, and noise on top."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(2, 3, height // 16, width // 16, generator=generator)
+    blobs = nn.functional.interpolate(noise, size=(height, width), mode="bicubic")
+    blobs = (blobs + 0.1 * torch.randn(blobs.shape, generator=generator)).clamp(0, 1)
+    return list((blobs * 255).byte())
+
+
+def test_tiles_agree_with_one_pass(lively):
+    image_a, image_b = smooth_pair(700, 600)  # no tile and no stride divides these
+    whole = whole_pass(lively, image_a, image_b)
+    difference = (lively.predict(image_a, image_b, tile_size=512) - whole).abs()[64:-64, 64:-64]
+    assert whole.std() > 0.1
+    assert difference.max() > 0  # there were tiles
+    assert difference.mean() < 1e-3 and difference.flatten().sort().values[-difference.numel() // 1000] < 0.05
+
+
+def test_what_fits_into_a_tile_is_one_pass(lively):
+    image_a, image_b = smooth_pair(490, 512)
+    assert torch.equal(lively.predict(image_a, image_b, tile_size=512), whole_pass(lively, image_a, image_b))
+
+
+@pytest.mark.parametrize("length", [1, 33, 512, 513, 700, 1000, 1999])
+def test_weights_of_tiles_add_up_to_one(length):
+    total = torch.zeros(length)
+    for start, weight in _blending(length, 512):
+        assert start % STRIDE == 0 and 0 < len(weight) <= 512
+        if start:
+            assert weight[:64].max() == 0  # where a tile lacks its surroundings
+        total[start : start + len(weight)] += weight
+    torch.testing.assert_close(total, torch.ones(length))
+
+
+def test_no_seam_where_nothing_changes_its_look(lively):
+    """A pattern that repeats every 64 pixels gives an answer that does so too, across all tiles."""
+    image_a, image_b = (image.repeat(1, 12, 12) for image in smooth_pair(64, 64))
+    probability = lively.predict(image_a, image_b, tile_size=512)[256:-256, 256:-256]
+    pattern = probability[:64, :64].repeat(4, 4)
+    assert (probability - pattern).abs().max() < 0.02 < probability.std()
+
+
+def test_files_arrays_and_tensors_are_one(model, tmp_path):
+    pair = smooth_pair(47, 33)
+    arrays = [image.permute(1, 2, 0).numpy() for image in pair]
+    for name, array in zip("ab", arrays, strict=True):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    arrays[0].flags.writeable = False
+    expected = model.predict(*pair)
+    assert expected.shape == (47, 33)
+    assert torch.equal(model.predict(*arrays), expected)
+    assert torch.equal(model.predict(tmp_path / "a.png", str(tmp_path / "b.png")), expected)
+    torch.testing.assert_close(model.predict(*(image / 255 for image in pair)), expected)
+
+
+def test_test_time_augmentation_is_the_mean_over_eight_views(model):
+    pair = torch.stack(smooth_pair(64, 96))
+    views = []
+    for mirrored in (False, True):
+        for turns in range(4):
+            turned = torch.rot90(pair.flip(-2) if mirrored else pair, turns, (2, 3))
+            answer = torch.rot90(whole_pass(model, *turned), -turns)
+            views.append(answer.flip(0) if mirrored else answer)
+    torch.testing.assert_close(model.predict(*pair, tta=True), torch.stack(views).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("image_a", "image_b", "message"),
+    [
+        (torch.zeros(3, 8, 8), torch.zeros(3, 8, 9), "8 × 8 and 9 × 8"),
+        (torch.zeros(1, 8, 8), torch.zeros(3, 8, 8), "not torch.float32 (1, 8, 8)"),
+        (np.zeros((8, 8, 3)), np.zeros((8, 8, 3)), "not float64 (8, 8, 3)"),
+        (None, None, "not NoneType"),
+        ("nowhere.png", "nowhere.png", "nowhere.png: "),
+    ],
+)
+def test_images_that_cannot_be_predicted(model, image_a, image_b, message):
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        model.predict(image_a, image_b)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tile_size", [256, 1000])
+def test_tiles_that_cannot_be(model, tile_size):
+    with pytest.raises(DataError, match=f"tile_size={tile_size}"):
+        model.predict(*smooth_pair(32, 32), tile_size=tile_size)
+
+
+# Weights and checkpoints
 
 
 @pytest.fixture
@@ -164,7 +277,7 @@ def test_load_gives_the_model_back(tmp_path):
     torch.manual_seed(0)
     model = FusionUNet(weights=None, out_channels=2)
     model(*images(2, 64, 64))  # moves BatchNorm's statistics
-    torch.save({"model_args": model.model_args(), "model": model.state_dict(), "more": 1}, tmp_path / "best.pt")
+    torch.save(model.checkpoint() | {"more": 1}, tmp_path / "best.pt")
     loaded, pair = FusionUNet.load(tmp_path / "best.pt", "cpu"), images(1, 64, 64)
     assert not loaded.training
     torch.testing.assert_close(loaded(*pair), model.eval()(*pair))
@@ -178,7 +291,7 @@ class Payload:
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "other model", "no model", "code"])
 def test_bad_checkpoints(tmp_path, model, kind):
     path = tmp_path / "best.pt"
-    checkpoint = {"model_args": model.model_args(), "model": model.state_dict()}
+    checkpoint = model.checkpoint()
     match kind:
         case "empty":
             path.touch()

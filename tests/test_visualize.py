@@ -1,7 +1,9 @@
-"""plot_predictions: what it reads, draws and leaves alone."""
+"""Pictures, and the masks of files."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from dataset import LEVIRCD
+import visualize as visualize_module
+from dataset import LEVIRCD, DataError
 from model import FusionUNet
-from visualize import OUTCOMES, plot_predictions
+from visualize import OUTCOMES, plot_curves, plot_precision_recall, plot_predictions, write_masks
 
 
 class Recorder:
@@ -41,15 +44,15 @@ def test_reads_only_what_it_draws_spread_over_the_set(model, tmp_path):
     data = Recorder(101)
     figure = plot_predictions(model, data, device="cpu", num_samples=5, path=tmp_path / "new" / "x.png")
     assert data.read == [0, 25, 50, 75, 100]
-    assert len(figure.axes) == 25
+    assert len(figure.axes) == 30
     width, height = Image.open(tmp_path / "new" / "x.png").size
-    assert width > 1000 and height > 1000
+    assert 800 < width < 900 and height > 700
 
 
 @pytest.mark.parametrize(("length", "samples", "rows"), [(1, 1, 1), (3, 10, 3), (10, 1, 1)])
 def test_as_many_rows_as_there_are(model, length, samples, rows):
     figure = plot_predictions(model, Recorder(length, (40, 24)), device="cpu", num_samples=samples, path=None)
-    assert len(figure.axes) == 5 * rows
+    assert len(figure.axes) == 6 * rows
 
 
 def test_leaves_mode_device_and_pyplot_alone(model):
@@ -62,10 +65,14 @@ def test_leaves_mode_device_and_pyplot_alone(model):
 def test_errors_are_drawn_and_scored(model):
     data = Recorder(1)
     figure = plot_predictions(model, data, device="cpu", num_samples=1, path=None)
-    before, after, truth, prediction, errors = (axis.get_images()[0].get_array() for axis in figure.axes)
+    before, after, truth, prediction, errors, drawn_probability = (
+        axis.get_images()[0].get_array() for axis in figure.axes
+    )
     image_a, image_b, label = data[0]
     assert np.array_equal(before, image_a.permute(1, 2, 0)) and np.array_equal(after, image_b.permute(1, 2, 0))
-    predicted, labelled = model.predict(image_a, image_b).numpy() > 0.5, label[0].numpy() > 0
+    probability = model.predict(image_a, image_b).numpy()
+    predicted, labelled = probability > 0.5, label[0].numpy() > 0
+    assert np.array_equal(drawn_probability, probability)
     assert np.array_equal(truth, labelled) and np.array_equal(prediction, predicted)
     for name, where in (
         ("hit", predicted & labelled),
@@ -75,15 +82,22 @@ def test_errors_are_drawn_and_scored(model):
         drawn = np.isclose(errors, to_rgb(OUTCOMES[name])).all(-1)
         assert np.array_equal(drawn, where)
     iou = (predicted & labelled).sum() / (predicted | labelled).sum()
-    assert figure.axes[-1].get_xlabel() == f"IoU {iou:.2f}"
+    assert figure.axes[-2].get_xlabel() == f"IoU {iou:.2f}"
     assert {text.get_text() for text in figure.legends[0].get_texts()} == set(OUTCOMES)
+
+
+def test_named_items_in_their_order(model):
+    data = Recorder(9)
+    figure = plot_predictions(model, data, device="cpu", path=None, items=[7, 2])
+    assert data.read == [7, 2]
+    assert [axis.get_ylabel() for axis in figure.axes[::6]] == ["7", "2"]
 
 
 def test_whole_images_and_tiles_of_a_real_data_set(model, tiny):
     tiles = plot_predictions(model, LEVIRCD(tiny, "val", 32), "cpu", num_samples=3, path=None)
-    assert [axis.get_ylabel() for axis in tiles.axes[::5]] == ["pair_0 [0, 0]", "pair_1 [0, 0]", "pair_1 [32, 32]"]
+    assert [axis.get_ylabel() for axis in tiles.axes[::6]] == ["pair_0 [0, 0]", "pair_1 [0, 0]", "pair_1 [32, 32]"]
     whole = plot_predictions(model, LEVIRCD(tiny, "val"), "cpu", num_samples=3, path=None)
-    assert [axis.get_ylabel() for axis in whole.axes[::5]] == ["pair_0", "pair_1"]
+    assert [axis.get_ylabel() for axis in whole.axes[::6]] == ["pair_0", "pair_1"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -96,6 +110,119 @@ def test_no_gpu_is_said_with_the_way_out(model):
 def test_nothing_to_draw(model, length, samples):
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_predictions(model, Recorder(length), device="cpu", num_samples=samples)
+
+
+def test_a_picture_of_real_pairs_is_at_most_a_megabyte(model, real, tmp_path):
+    plot_predictions(model, LEVIRCD(real, "val", 256), device="cpu", path=tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size < 1e6
+
+
+def test_curves_show_the_table(tmp_path):
+    table = "epoch,train_loss,train_iou,val_loss,val_iou,learning_rate\n1,3,0.1,4,0.2,1e-3\n2,1,0.5,2,0.25,1e-4\n"
+    (tmp_path / "metrics.csv").write_text(table)
+    figure = plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    shown = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes}
+    assert shown == {
+        "loss": [[[1, 3], [2, 1]], [[1, 4], [2, 2]]],
+        "IoU": [[[1, 0.1], [2, 0.5]], [[1, 0.2], [2, 0.25]]],
+        "learning rate": [[[1, 1e-3], [2, 1e-4]]],
+    }
+    assert (tmp_path / "curves.png").exists() and plt.get_fignums() == []
+
+
+def test_precision_and_recall_are_marked_at_the_thresholds():
+    curve = {
+        "threshold": np.array([0, 0.5, 0.7]),
+        "precision": np.array([0.1, 0.6, 1]),
+        "recall": np.array([1, 0.8, 0]),
+    }
+    axis = plot_precision_recall(curve, (0.5, 0.69)).axes[0]
+    points = {line.get_label(): line.get_xydata().tolist() for line in axis.lines if "at" in line.get_label()}
+    assert points == {"at 0.50": [[0.8, 0.6]], "at 0.69": [[0, 1]]}
+
+
+# Masks of files
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path, monkeypatch) -> str:
+    """A checkpoint whose threshold lies amid the probabilities of its model; the working folder is its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "threshold", THRESHOLD)
+    torch.save(model.checkpoint(), "best.pt")
+    return "best.pt"
+
+
+THRESHOLD = 0.0472  # about the middle of an untrained model's probabilities
+
+
+def write_images(*names: str, size: tuple[int, int] = (40, 56), **options) -> None:
+    for seed, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        array = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(array).save(name, **options)
+
+
+def test_the_mask_of_two_files(checkpoint, capsys):
+    write_images("before.png", "after.png")
+    write_masks(checkpoint, "before.png", "after.png", probability=True, pixel_size=0.5, device="cpu")
+    probability = FusionUNet.load(checkpoint, "cpu").predict("before.png", "after.png").numpy()
+    mask = np.asarray(Image.open("mask.png"))
+    assert np.array_equal(mask, np.where(probability > THRESHOLD, 255, 0)) and 0 < mask.mean() < 255
+    written = np.asarray(Image.open("mask_probability.png"))
+    assert written.dtype == np.uint16 and np.abs(written / 65535 - probability).max() < 1e-5
+    assert Image.open("mask_overlay.jpg").size == (56, 40)
+    changed = (mask > 0).sum()
+    assert f"mask.png: {changed:,} of 2,240 pixels changed" in (out := capsys.readouterr().out)
+    assert f", {changed / 4:,.1f} m²" in out and "above 0.047" in out
+
+
+def test_the_masks_of_folders_are_paired_by_stem(checkpoint):
+    write_images("split/A/x.png", "split/A/y.jpg", "split/B/x.tif", "split/B/y.png")
+    write_masks(checkpoint, "split", device="cpu")
+    write_masks(checkpoint, "split/A", "split/B", out="again", threshold=THRESHOLD, device="cpu")
+    assert {path.name for path in Path("masks").iterdir()} == {"x.png", "y.png", "x_overlay.jpg", "y_overlay.jpg"}
+    for name in ("x.png", "y.png"):
+        assert Path("masks", name).read_bytes() == Path("again", name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "message"),
+    [
+        (("a.png", "nowhere.png"), {}, "nowhere.png: no such file"),
+        (("a.png", "small.png"), {}, "small.png: 8 × 8 pixels, but a.png has 56 × 40"),
+        (("a.png", "text.png"), {}, "text.png: can't be read as an image"),
+        (("a.png", "grey.png"), {}, "grey.png: one band"),
+        (("a.png", "b.png"), {"out": "a.png"}, "OUT=a.png: would overwrite"),
+        (("a.png", "b.png"), {"out": "mask.jpg"}, "OUT=mask.jpg: "),
+        (("empty",), {}, "empty/A: no such file"),
+    ],
+)
+def test_files_without_a_mask(checkpoint, paths, options, message):
+    write_images("a.png", "b.png")
+    write_images("small.png", size=(8, 8))
+    Path("text.png").write_text("not an image")
+    Path("empty").mkdir()
+    Image.new("L", (56, 40)).save("grey.png")
+    before = Path("a.png").read_bytes()
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        write_masks(checkpoint, *paths, **options, device="cpu")
+    assert "\n" not in str(error.value) and Path("a.png").read_bytes() == before
+    assert not list(Path().glob("mask*"))
+
+
+def test_the_command_line(checkpoint):
+    def visualize(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, visualize_module.__file__, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    write_images("a.png", "b.png")
+    done = visualize("best.pt", "a.png", "b.png", "OUT=new/x.png", "THRESHOLD=0", "DEVICE=cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "new/x.png: 2,240 of 2,240 pixels changed (100.00%)" in done.stdout
+    for arguments in (["best.pt"], ["best.pt", "a.png", "b.png", "COLOUR=red"], ["a.png", "a.png", "b.png"]):
+        done = visualize(*arguments)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_importing_it_brings_no_logger():
