@@ -31,7 +31,8 @@ class LEVIRCD(Dataset):
     An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, 1}.
     Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
     bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop of the
-    same image: turned by a quarter, mirrored, and its dates swapped, each at random.
+    same image: turned by a quarter, mirrored, and its dates swapped, each at random. Since most crops hold no change,
+    one that holds none is drawn anew, twice at most.
 
     Args:
         root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif}`, one stem for the three files of a pair.
@@ -118,13 +119,16 @@ class LEVIRCD(Dataset):
     def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         height, width = array.shape[:2]
         size_y, size_x = self.crop_size or height, self.crop_size or width
-        y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
-        array = array[y : y + size_y, x : x + size_x]
+        for _ in range(3):
+            y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
+            crop = array[y : y + size_y, x : x + size_x]
+            if crop[..., 6].any():
+                break
         # A quarter turn of an oblong whole image would not fit into a batch with the others.
-        array = np.rot90(array, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
+        crop = np.rot90(crop, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
         if rng.random() < 0.5:
-            array = array[:, ::-1]
-        return array[..., [3, 4, 5, 0, 1, 2, 6]] if rng.random() < 0.5 else array
+            crop = crop[:, ::-1]
+        return crop[..., [3, 4, 5, 0, 1, 2, 6]] if rng.random() < 0.5 else crop
 
 
 def color_jitter(images: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
