@@ -31,8 +31,7 @@ class LEVIRCD(Dataset):
     An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, 1}.
     Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
     bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop of the
-    same image: turned by a quarter, mirrored, and its dates swapped, each at random. Since most crops hold no change,
-    one that holds none is drawn anew, twice at most.
+    same image: turned by a quarter, mirrored, and its dates swapped, each at random.
 
     Args:
         root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif}`, one stem for the three files of a pair.
@@ -57,7 +56,7 @@ class LEVIRCD(Dataset):
         self.folder = Path(root) / split
         self.crop_size, self.augment = crop_size, augment
         self.pairs = find_pairs(*(self.folder / name for name in FOLDERS))
-        sizes = [_check_headers(paths) for paths in self.pairs]
+        sizes = [check_headers(paths) for paths in self.pairs]
         for paths, size in zip(self.pairs, sizes, strict=True):
             if augment and crop_size and min(size) < crop_size:
                 raise DataError(
@@ -119,11 +118,8 @@ class LEVIRCD(Dataset):
     def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         height, width = array.shape[:2]
         size_y, size_x = self.crop_size or height, self.crop_size or width
-        for _ in range(3):
-            y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
-            crop = array[y : y + size_y, x : x + size_x]
-            if crop[..., 6].any():
-                break
+        y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
+        crop = array[y : y + size_y, x : x + size_x]
         # A quarter turn of an oblong whole image would not fit into a batch with the others.
         crop = np.rot90(crop, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
         if rng.random() < 0.5:
@@ -173,11 +169,7 @@ def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
 
 
 def find_pairs(*folders: Path) -> list[tuple[Path, ...]]:
-    """The files of several folders that share a stem, one of each folder, in the order of their stems.
-
-    Raises:
-        DataError: a folder is missing or holds no image, a stem is missing in one or there twice.
-    """
+    """The files of several folders that share a stem, in the order of their stems; DataError where one is missing."""
     found: list[dict[str, Path]] = []
     for folder in folders:
         if not folder.is_dir():
@@ -208,7 +200,7 @@ def _open(path: Path, mask: bool = False) -> Image.Image:
     try:
         image = Image.open(path)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: can't be read as an image ({error}); replace the file") from error
+        raise DataError(f"{path}: can't be read as an image of three bands ({error}); replace it") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{path}: {image.width} × {image.height} pixels are more than MAX_PIXELS of dataset.py; cut it")
     raw_mode = image.tile[0].args if image.tile else ""
@@ -222,11 +214,11 @@ def _open(path: Path, mask: bool = False) -> Image.Image:
     return image
 
 
-def _check_headers(paths: tuple[Path, Path, Path]) -> tuple[int, int]:
-    """The height and width that the three files of a pair share."""
+def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
+    """The height and width that two images, and the mask if there is a third file, share; DataError if they don't."""
     sizes = []
-    for path in paths:
-        with _open(path, mask=path == paths[2]) as image:
+    for index, path in enumerate(paths):
+        with _open(path, mask=index == 2) as image:
             sizes.append(image.size[::-1])
     for path, size in zip(paths[1:], sizes[1:], strict=True):
         if size != sizes[0]:
@@ -249,7 +241,7 @@ def read_rgb(path: Path, mask: bool = False) -> np.ndarray:
         try:
             if image.has_transparency_data:
                 if image.convert("RGBA").getextrema()[3][0] < 255:
-                    raise DataError(f"{path}: partly transparent; flatten it to RGB")
+                    raise DataError(f"{path}: partly transparent; flatten it to RGB (or keep bands 1 to 3 alone)")
             return np.array(image.convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             if isinstance(error, DataError):

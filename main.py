@@ -8,13 +8,12 @@ import logging
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,7 +65,7 @@ NUM_WORKERS: int | None = None  # processes that load data; None: by the cores o
 SEED: int = 0  # of the weights, the order, the crops and the colours
 RUN_NAME: str | None = None  # folder under runs/; None: date and time
 EVALUATE: str | None = None  # checkpoint to score instead of training, such as runs/RUN/best.pt; None: train
-SPLIT: str = "test"  # what is scored, after training too where it is there
+SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores of test, where it is there
 
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 
@@ -75,7 +74,7 @@ DEMO = dict(DATA_DIR="data/demo", CROP_SIZE=128, WEIGHTS=None, BATCH_SIZE=4, EPO
 
 
 def main(**overrides: object) -> dict[str, float]:
-    """Train, keep the best epoch by validation IoU and score it on SPLIT; with EVALUATE, score that checkpoint alone.
+    """Train, keep the best epoch by validation IoU and score it on the test split; with EVALUATE only score.
 
     Args:
         **overrides: constants of this module to change for this run.
@@ -85,31 +84,29 @@ def main(**overrides: object) -> dict[str, float]:
 
     Raises:
         OptionError: an unknown constant, or a value that it can't have.
-        DataError: input that can't be used.
-        ModelError: the backbone's weights, or the checkpoint, can't be had.
+        DataError, ModelError: input, weights or a checkpoint that can't be used.
     """
     config, demo = configure(overrides)
     device = pick_device(config.DEVICE)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
     torch.manual_seed(config.SEED)
-    if config.EVALUATE:
+    if config.EVALUATE is not None:
         model = FusionUNet.load(config.EVALUATE, device)
-        loaders = {config.SPLIT: make_loader(config, device, config.SPLIT, PROTOCOL_CROP)}
-        with RunLog(config, demo, device, loaders) as log:
-            return evaluate(model, loaders[config.SPLIT], config, log)
+        loader = make_loader(config, device, config.SPLIT, PROTOCOL_CROP)
+        with RunLog(config, demo, device, [loader]) as log:
+            return evaluate(model, loader, config, log)
 
-    loaders = {
-        split: make_loader(config, device, split, config.CROP_SIZE, split == "train") for split in ("train", "val")
-    }
-    if Path(config.DATA_DIR, config.SPLIT).is_dir():
-        loaders["scored"] = make_loader(config, device, config.SPLIT, PROTOCOL_CROP)
+    loaders = {"train": make_loader(config, device, "train", config.CROP_SIZE, augment=True)}
+    loaders["val"] = make_loader(config, device, "val", config.CROP_SIZE)
+    if Path(config.DATA_DIR, "test").is_dir():
+        loaders["test"] = make_loader(config, device, "test", PROTOCOL_CROP)
     model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE).to(device, memory_format=torch.channels_last)
-    with RunLog(config, demo, device, loaders) as log:
+    with RunLog(config, demo, device, loaders.values()) as log:
         scores = prefixed("val", fit(model, loaders, config, log))
         best = FusionUNet.load(log.folder / "best.pt", device)
         log.pictures(best, loaders["val"].dataset)
-        if "scored" in loaders:
-            scores |= evaluate(best, loaders["scored"], config, log)
+        if "test" in loaders:
+            scores |= evaluate(best, loaders["test"], config, log)
     print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
     return scores
 
@@ -120,13 +117,16 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, bool]:
     constants = {name: globals()[name] for name in hints}
     if unknown := overrides.keys() - constants.keys():
         raise OptionError(f"{', '.join(unknown)}: no such constant; there are {', '.join(constants)}")
-    demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, "train").is_dir()
-    if demo:
-        constants |= DEMO
-    constants = {name: checked(name, value, hints[name]) for name, value in (constants | overrides).items()}
+    given = constants | overrides
+    needed = given["SPLIT"] if given["EVALUATE"] else "train"
+    demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, str(needed)).is_dir()
+    constants = constants | DEMO | overrides if demo else given
+    constants = {name: checked(name, value, hints[name]) for name, value in constants.items()}
+    if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
+        raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
     if demo:
         used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
-        print(f"NO DATA in data/train (see data/README.md): TRAINING ON THE DEMO with {used}", flush=True)
+        print(f"NO DATA in data/{needed} (see data/README.md): USING THE DEMO with {used}", flush=True)
         if not Path(constants["DATA_DIR"]).is_dir():
             make_demo(constants["DATA_DIR"])
     return SimpleNamespace(**constants), demo
@@ -140,8 +140,10 @@ def checked(name: str, value: object, hint: type) -> object:
         most = {"ALPHA": 1, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1, "HUE": 0.5}.get(name, sys.maxsize)
         if not least <= value <= most:
             raise OptionError(f"{name}={value}: must be {least} to {most}")
-    if name == "RUN_NAME" and value is not None and (Path(value).name != value or Path("runs", value).exists()):
-        raise OptionError(f"RUN_NAME={value}: must be a new folder's name; runs/{value} is there or is no such name")
+    if (name in ("RUN_NAME", "SPLIT") and value is not None and Path(value).name != value) or value == "":
+        raise OptionError(f"{name}={value}: must be a name, and for a folder not a path")
+    if name == "RUN_NAME" and value is not None and Path("runs", value).exists():
+        raise OptionError(f"RUN_NAME={value}: runs/{value} is there already; name another")
     return value
 
 
@@ -185,7 +187,7 @@ def leave_signals_to_main(_: int) -> None:
 
 def fit(model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog) -> dict[str, float]:
     """Train for EPOCHS, validate, log and save after each; returns the validation scores of the epoch in best.pt."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = filter(lambda parameter: parameter.requires_grad, model.parameters())
     optimizer = torch.optim.AdamW(trainable, config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY)
     steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
@@ -193,8 +195,8 @@ def fit(model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespa
     for epoch in range(1, config.EPOCHS + 1):
         # An epoch's order, crops and colours follow from the seed and its number alone.
         torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
-        name, metrics, learning_rate = f"epoch {epoch}", ThresholdMetrics(), scheduler.get_last_lr()[0]
-        train = run_pass(model, loaders["train"], config, ChangeMetrics(), optimizer, scheduler, name)
+        metrics, learning_rate = ThresholdMetrics(), scheduler.get_last_lr()[0]
+        train = run_pass(model, loaders["train"], config, ChangeMetrics(), optimizer, scheduler, f"epoch {epoch}")
         val = run_pass(model, loaders["val"], config, metrics, name="validation")
         is_best = val["iou"] > best["iou"]
         model.threshold = metrics.best_threshold()
@@ -252,7 +254,7 @@ def run_pass(
             pairs += len(label)
             bar.set_postfix(loss=f"{shown.item():.4f}", refresh=False)
             bar.update(len(label))
-    scores = {"loss": loss_sum.item() / pairs, **metrics.compute()}
+    scores = {"loss": loss_sum.item() / pairs, **metrics.compute()}  # waits for the device, before the clock is read
     return scores | {"pairs_per_second": pairs / (time.perf_counter() - start)}
 
 
@@ -260,12 +262,11 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
     """Score a split in crops of 256 pixels, as the field does, and in whole images, as users see them.
 
     Returns:
-        With the split's name before them: the scores of the crops at the threshold 0.5 (`test_iou`), and at the
-        checkpoint's, best on validation (`test_tuned_iou`); those of whole images (`test_whole_iou`,
-        `test_whole_tuned_iou`); `test_average_precision` of the crops and `test_threshold`, the checkpoint's.
+        The split's scores in crops at 0.5 (`test_iou`) and at the checkpoint's threshold (`test_tuned_iou`), of whole
+        images (`test_whole_iou`, `test_whole_tuned_iou`), `test_average_precision` and `test_threshold`.
     """
     split, crops, whole, rows = loader.dataset.folder.name, ThresholdMetrics(), ThresholdMetrics(), []
-    run_pass(model, loader, config, crops, name=split)
+    run_pass(model, loader, SimpleNamespace(**vars(config) | {"AMP": False}), crops, name=split)  # as `predict` does
     images = LEVIRCD(config.DATA_DIR, split, cache_dir=config.CACHE_DIR)
     for index in tqdm(range(len(images)), desc=f"{split}, whole images", unit="pair", leave=False, disable=None):
         image_a, image_b, label = images[index]
@@ -278,11 +279,9 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
         for threshold, tuned in ((0.5, ""), (model.threshold, "tuned_")):
             table[f"{protocol}, above {threshold:.3f}"] = row = metrics.compute(threshold)
             scores |= {f"{prefix}{tuned}{name}": value for name, value in row.items()}
-    print(f"{split} split of {config.DATA_DIR}; {model.threshold:.3f} is the threshold that was best on validation")
-    print(as_table(table), flush=True)
-    scores = prefixed(split, scores)
-    log.evaluation(split, scores, sorted(rows, key=lambda row: row["iou"]), crops.curve(), model, images)
-    return scores
+    print(f"{split} split; {model.threshold:.3f} was the best threshold on validation\n{as_table(table)}", flush=True)
+    log.evaluation(prefixed(split, scores), sorted(rows, key=lambda row: row["iou"]), crops.curve(), model, images)
+    return prefixed(split, scores)
 
 
 def warmup_cosine(step: int, warmup: float, steps: int) -> float:
@@ -305,7 +304,7 @@ def save(checkpoint: dict, path: Path) -> None:
 class RunLog:
     """A run's folder, TensorBoard log and MLflow run; as a context it tells MLflow how the run ended."""
 
-    def __init__(self, config: SimpleNamespace, demo: bool, device: torch.device, loaders: dict[str, DataLoader]):
+    def __init__(self, config: SimpleNamespace, demo: bool, device: torch.device, loaders: Iterable[DataLoader]):
         self.folder = Path("runs", config.RUN_NAME or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
         self.folder.mkdir(parents=True)
         self.device = device
@@ -314,13 +313,13 @@ class RunLog:
         self.record = {
             "constants": vars(config),
             "demo": demo,
-            "data": {loader.dataset.folder.name: loader.dataset.fingerprint() for loader in loaders.values()},
+            "data": {loader.dataset.folder.name: loader.dataset.fingerprint() for loader in loaders},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "git": subprocess.getoutput(commit),
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
         }
         (self.folder / "constants.json").write_text(json.dumps(self.record, indent=2) + "\n")
-        sizes = ", ".join(f"{len(loader.dataset)} {loader.dataset.folder.name}" for loader in loaders.values())
+        sizes = ", ".join(f"{len(loader.dataset)} {loader.dataset.folder.name}" for loader in loaders)
         print(f"{self.folder}: {sizes} items of {config.DATA_DIR} on {self.record['device']}", flush=True)
 
     def __enter__(self) -> RunLog:
@@ -354,17 +353,18 @@ class RunLog:
     def pictures(self, model: FusionUNet, dataset: LEVIRCD) -> None:
         """Draw the curves and the best model's validation predictions."""
         plot_curves(self.folder / "metrics.csv", self.folder / "curves.png")
-        plot_predictions(model, dataset, self.device, path=self.folder / "validation_predictions.png")
-        os.makedirs("images", exist_ok=True)
-        shutil.copy(self.folder / "validation_predictions.png", "images")
+        picture = self.folder / "validation_predictions.png"
+        plot_predictions(model, dataset, self.device, path=picture)
+        Path("images").mkdir(exist_ok=True)
+        Path("images", picture.name).write_bytes(picture.read_bytes())
 
-    def evaluation(
-        self, split: str, scores: dict[str, float], rows: list[dict], curve: dict, model: FusionUNet, images: LEVIRCD
-    ) -> None:
+    def evaluation(self, scores: dict, rows: list[dict], curve: dict, model: FusionUNet, images: LEVIRCD) -> None:
         """Write the scores, those of each image from the worst to the best, and what the two ends look like."""
+        split = images.folder.name
         (self.folder / f"{split}_metrics.json").write_text(json.dumps(scores, indent=2) + "\n")
+        order = [row.pop("index") for row in rows]
         with open(self.folder / "per_image.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, [name for name in rows[0] if name != "index"], extrasaction="ignore")
+            table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows(rows)
         for name, value in scores.items():
@@ -372,7 +372,6 @@ class RunLog:
         mlflow.log_metrics(scores)
         picture, title = self.folder / "precision_recall.png", f"{split} split, crops of {PROTOCOL_CROP}"
         plot_precision_recall(curve, (0.5, model.threshold), title, picture)
-        order = [row["index"] for row in rows]
         plot_predictions(model, images, self.device, path=self.folder / "worst.png", items=order[:10])
         plot_predictions(model, images, self.device, path=self.folder / "best.png", items=order[:-11:-1])
 
@@ -381,8 +380,7 @@ class RunLog:
         for pattern in ("best.pt", "*.json", "*.csv", "*.png", "predictions"):
             for file in self.folder.glob(pattern):
                 mlflow.log_artifact(str(file))
-        stopped = error is not None and not issubclass(error, Exception)  # KeyboardInterrupt or SystemExit
-        mlflow.end_run("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
+        mlflow.end_run("FINISHED" if error is None else "FAILED" if issubclass(error, Exception) else "KILLED")
 
 
 def prefixed(split: str, scores: dict[str, float]) -> dict[str, float]:

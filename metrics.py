@@ -61,11 +61,9 @@ class ThresholdMetrics(ChangeMetrics):
     LOGITS = torch.arange(-160, 161) / 20
 
     def update(self, logits: Tensor, label: Tensor) -> None:
-        """Count a batch at every threshold; shapes as in `ChangeMetrics`. No host sync."""
-        steps = self.LOGITS.to(logits.device)
-        passed = torch.bucketize(
-            logits.detach().float().contiguous(), steps
-        )  # how many thresholds the pixel's logit is above
+        """Count a batch at every threshold; shapes as in `ChangeMetrics`; NaN counts as below all. No host sync."""
+        steps, logits = self.LOGITS.to(logits.device), logits.detach().float().nan_to_num(nan=-torch.inf)
+        passed = torch.bucketize(logits.contiguous(), steps)  # how many thresholds a pixel's logit is above
         cells = (passed + (len(steps) + 1) * label.bool()).flatten()
         histogram = torch.zeros(2 * (len(steps) + 1), dtype=torch.int64, device=logits.device)
         self._counts = self._counts + histogram.index_add_(0, cells, torch.ones_like(cells))
@@ -103,9 +101,8 @@ class ThresholdMetrics(ChangeMetrics):
 
     def best_threshold(self) -> float:
         """The probability at which IoU (and so Dice) is highest; of equals, the nearest to 0.5."""
-        curve = self.curve()
-        order = np.lexsort([np.abs(curve["threshold"] - 0.5), -curve["iou"]])
-        return float(curve["threshold"][order[0]])
+        threshold, iou = self.curve()["threshold"][1:], self.curve()["iou"][1:]
+        return float(threshold[np.lexsort([np.abs(threshold - 0.5), -iou])[0]])
 
     def _cumulated(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """TP, predicted, labelled and pixels, int64 (322,), at a threshold below all and at each of LOGITS."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from dataset import DataError, read_rgb
 FUSED_CHANNELS = (32, 64, 128, 192, 256)  # width of the decoder at strides 2, 4, 8, 16 and 32
 STRIDE = 32  # pixels, of the coarsest features
 OVERLAP = 256  # pixels that neighbouring tiles of a large image share
-
 ImageLike = Tensor | np.ndarray | str | os.PathLike
 
 
@@ -129,8 +129,7 @@ class FusionUNet(nn.Module):
     def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
         """The backbone's features of both dates, first all A then all B, at strides 2, 4, 8, 16 and 32.
 
-        H and W are the images', enlarged to multiples of 32 by repeating the last column and row: so each scale is
-        exactly half of the one before, and a tile's features are its image's.
+        H and W are enlarged to multiples of 32 by repeating the last column and row, so that each scale halves exactly.
         """
         images = torch.cat([image_a, image_b])  # (2N, 3, H, W)
         if images.dtype == torch.uint8:
@@ -156,8 +155,8 @@ class FusionUNet(nn.Module):
     def predict(self, image_a: ImageLike, image_b: ImageLike, tile_size: int = 1024, tta: bool = False) -> Tensor:
         """Probability of change for one pair of any size, on the model's device, without gradients.
 
-        What is larger than a tile is cut into overlapping tiles, blended where they overlap. Beside the images and the
-        result, memory holds one tile's features: about 1 GB for 1024 pixels in float32.
+        What is larger than a tile is cut into tiles that overlap and are blended. Beside the images and the result,
+        memory holds one tile's features: about 1 GB for 1024 pixels in float32.
 
         Args:
             image_a: the image before: a file, a uint8 array (H, W, 3), or a tensor (3, H, W), uint8 or float in 0..1.
@@ -169,22 +168,21 @@ class FusionUNet(nn.Module):
             float32 (H, W) in 0..1, on the CPU.
 
         Raises:
-            DataError: an image that can't be read, of another kind or size, or a tile size that doesn't fit.
+            DataError: an image that can't be read or is of another kind or size, or a tile size that doesn't fit.
         """
         image_a, image_b = _as_tensor(image_a), _as_tensor(image_b)
-        if image_a.shape != image_b.shape:
-            sizes = " and ".join(f"{image.shape[2]} × {image.shape[1]}" for image in (image_a, image_b))
-            raise DataError(f"a pair of two sizes, {sizes} pixels: give two images of one size")
+        kinds = [f"{image.dtype} {tuple(image.shape)}" for image in (image_a, image_b)]
+        if kinds[0] != kinds[1]:
+            raise DataError(f"a pair of two kinds or sizes, {' and '.join(kinds)}: give two images of one")
         if tile_size % STRIDE or tile_size < 2 * OVERLAP:
             raise DataError(f"tile_size={tile_size}: must be a multiple of {STRIDE}, {2 * OVERLAP} or more")
         views = list(itertools.product(range(4), (False, True))) if tta else [(0, False)]
         rows, columns = (_blending(length, tile_size) for length in image_a.shape[1:])
-        was_training, device = self.training, self.mean.device
+        was_training, device, tiles = self.training, self.mean.device, len(rows) * len(columns)
         probability = torch.zeros(image_a.shape[1:])
-        bar = tqdm(total=len(rows) * len(columns), unit="tile", leave=False, disable=None, delay=1)
         self.eval()
         try:
-            with torch.inference_mode(), bar:
+            with torch.inference_mode(), tqdm(total=tiles, unit="tile", leave=False, disable=None, delay=1) as bar:
                 for (y, weight_y), (x, weight_x) in itertools.product(rows, columns):
                     window = slice(y, y + len(weight_y)), slice(x, x + len(weight_x))
                     tile = torch.stack([image_a[:, *window], image_b[:, *window]]).to(device)
@@ -192,7 +190,7 @@ class FusionUNet(nn.Module):
                     bar.update()
         finally:
             self.train(was_training)
-        return probability
+        return probability.clamp_(max=1)  # weights add up to 1 but for rounding
 
     def _predict_tile(self, pair: Tensor, views: list[tuple[int, bool]]) -> Tensor:
         """Probability (h, w) for (2, 3, h, w), averaged over views: quarter turns, and whether to mirror then."""
@@ -201,8 +199,7 @@ class FusionUNet(nn.Module):
             view = torch.rot90(pair, turns, (-2, -1))
             image_a, image_b = view.flip(-1) if mirrored else view
             logits = self(image_a[None], image_b[None])[0, 0].float()
-            logits = logits.flip(-1) if mirrored else logits
-            probability += torch.rot90(logits, -turns, (-2, -1)).sigmoid() / len(views)
+            probability += torch.rot90(logits.flip(-1) if mirrored else logits, -turns).sigmoid() / len(views)
         return probability
 
     @classmethod
@@ -216,7 +213,6 @@ class FusionUNet(nn.Module):
         Raises:
             ModelError: no such file, not a checkpoint, or one of another model.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not Path(path).is_file():
             raise ModelError(f"{path}: no such checkpoint")
         try:
@@ -229,6 +225,7 @@ class FusionUNet(nn.Module):
                 f"{path}: not a FusionUNet checkpoint, or a damaged one ({type(error).__name__}); "
                 "give the best.pt or last.pt of a run"
             ) from error
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device, memory_format=torch.channels_last).eval()
 
     def checkpoint(self) -> dict:
@@ -244,18 +241,18 @@ def _as_tensor(image: ImageLike) -> Tensor:
     if isinstance(image, str | os.PathLike):
         image = read_rgb(Path(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
-        image = torch.from_numpy(np.require(image, requirements="W")).permute(2, 0, 1)
-    if not torch.is_tensor(image) or image.ndim != 3 or image.shape[0] != 3:
-        kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
-        raise DataError(f"an image is a file, a uint8 array (H, W, 3) or a tensor (3, H, W), not {kind}")
-    return image
+        image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
+    kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+    if not torch.is_tensor(image) or not re.match(r"torch\.(uint8|float\d*) \(3, \d+, \d+\)", kind):
+        raise DataError(f"an image is a file, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W), not {kind}")
+    return image if image.dtype == torch.uint8 else image.float()
 
 
 def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
     """Where tiles begin along a side of an image, at multiples of 32, and the weight of each of their pixels.
 
-    All tiles' weights add up to 1 at a pixel. From a tile's inner edge on they are 0 for a quarter of the overlap,
-    where the tile lacks its surroundings, then rise in a straight line over the next half.
+    They add up to 1. From an inner edge on they are 0 for a quarter of the overlap, where the tile lacks its
+    surroundings, then rise in a straight line over the next half.
     """
     end = length + -length % STRIDE
     starts = [*range(0, max(0, end - tile_size), tile_size - OVERLAP), max(0, end - tile_size)]
@@ -281,16 +278,14 @@ def _resnet50(weights: str | None) -> torchvision.models.ResNet:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # not fetched, or a broken file
         url, reason = known[weights].url, str(error).partition("\n")[0]
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        raise ModelError(
-            f"the ImageNet weights can't be had ({reason}): put {url} at {file}, or set WEIGHTS=None to do without"
-        ) from error
+        message = f"the ImageNet weights can't be had ({reason}): put {url} at {file}, or set WEIGHTS=None"
+        raise ModelError(message) from error
 
 
 def _untrained_resnet50() -> torchvision.models.ResNet:
     """A ResNet-50 of random weights whose BatchNorm statistics were measured on noise.
 
-    At their start values, 0 and 1, they normalise nothing, and what tells places apart fades from stage to stage
-    (data-dependent initialisation, Krähenbühl et al. 2016, arXiv:1511.06856).
+    At 0 and 1 they normalise nothing, and what tells places apart fades (Krähenbühl et al. 2016, arXiv:1511.06856).
     """
     resnet = torchvision.models.resnet50()
     norms = [module for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import csv
 import os
+import re
 import sys
 import typing
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data.georeference import georeference, pixel_area, world_file, write
-from dataset import DataError, find_pairs, read_rgb
+from data.georeference import common_place
+from dataset import DataError, check_headers, find_pairs, read_rgb
 from model import FusionUNet, ModelError
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
@@ -97,18 +98,20 @@ def _draw_row(
     axes: np.ndarray, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
 ) -> None:
     prediction = probability > 0.5
+    union, hits = (truth | prediction).sum(), (truth & prediction).sum()
+    every = (slice(None, None, -(-max(truth.shape) // 512)),) * 2  # no more pixels than a row can show
+    truth, prediction, probability = truth[every], prediction[every], probability[every]
     errors = np.zeros((*truth.shape, 3))
     outcomes = (truth & prediction, truth & ~prediction, ~truth & prediction)
     for colour, where in zip(OUTCOMES.values(), outcomes, strict=True):
         errors[where] = to_rgb(colour)
-    before, after = (image.permute(1, 2, 0).numpy() for image in (image_a, image_b))
+    before, after = (image.permute(1, 2, 0).numpy()[every] for image in (image_a, image_b))
     for axis, picture in zip(axes, (before, after, truth, prediction, errors, probability), strict=True):
         colours = "cividis" if picture is probability else "gray"
         axis.imshow(picture, cmap=colours, vmin=0, vmax=1, interpolation="antialiased")
         axis.set_xticks([])
         axis.set_yticks([])
-    union = (truth | prediction).sum()
-    axes[-2].set_xlabel(f"IoU {(truth & prediction).sum() / union:.2f}" if union else "no change, none found")
+    axes[-2].set_xlabel(f"IoU {hits / union:.2f}" if union else "no change, none found")
 
 
 @plt.rc_context(FONT)
@@ -172,7 +175,7 @@ def write_masks(
 ) -> None:
     """Predict files; write the mask of each pair (0 and 255) and an overlay, and print the area that changed.
 
-    A GeoTIFF's mask is a GeoTIFF of the same place; a world file gets its copy beside the mask.
+    A GeoTIFF's mask is a GeoTIFF of the same place; a world file gets its copy beside the mask. No file is overwritten.
 
     Args:
         checkpoint: `best.pt` of a run.
@@ -187,47 +190,48 @@ def write_masks(
         device: as in `FusionUNet.load`.
 
     Raises:
-        DataError: images that can't be read, or are not of one place and size.
+        OptionError: a value that can't be.
+        DataError: images that can't be read, or are not of one place and size; a file to write is there already.
         ModelError: not a checkpoint.
     """
     before, after = (Path(before), Path(after)) if after else (Path(before, "A"), Path(before, "B"))
     for path in (before, after):
-        if not path.exists():
-            raise DataError(f"{path}: no such file or folder; give two images, two folders, or one that holds A and B")
-    one = before.is_file() and after.is_file()
-    pairs = [(before, after)] if one else find_pairs(before, after)
+        if not path.exists() or path.is_file() != before.is_file():
+            raise DataError(f"{path}: not there; give two images, two folders, or one folder that holds A and B")
+    if not 0 <= (threshold or 0) < 1 or not (pixel_size is None or pixel_size > 0):
+        raise OptionError(f"THRESHOLD={threshold}, PIXEL_SIZE={pixel_size}: must be in 0..1, and above 0")
+    pairs = [(before, after)] if before.is_file() else find_pairs(before, after)
+    plan, taken = [], set()
+    for path_a, path_b in pairs:  # whatever is wrong with names or headers shows before the first prediction
+        check_headers((path_a, path_b))
+        place = common_place(path_a, path_b)
+        suffix = ".tif" if place.tags and place.affine is not None else ".png"
+        path = Path(out or f"mask{suffix}") if before.is_file() else Path(out or "masks", path_a.stem + suffix)
+        if path.suffix.lower() not in (".png", ".tif", ".tiff") or path.parent in (before, after):
+            raise DataError(f"OUT={out}: must be a .png or .tif, or for folders a folder other than theirs")
+        files = path, path.with_name(f"{path.stem}_overlay.jpg"), path.with_stem(f"{path.stem}_probability")
+        for file in files if probability else files[:2]:
+            if file.exists() or file in taken:
+                raise DataError(f"{file}: is there already; remove it, or name another OUT")
+            taken.add(file)
+        plan.append((path_a, path_b, place, *files))
+
     model = FusionUNet.load(checkpoint, pick_device(device))
     threshold = model.threshold if threshold is None else threshold
     print(f"{len(pairs)} to predict; changed where the probability is above {threshold:.3f}", flush=True)
-    for path_a, path_b in pairs:
-        image_a, image_b = read_rgb(path_a), read_rgb(path_b)
-        if image_a.shape != image_b.shape:
-            sizes = [f"{image.shape[1]} × {image.shape[0]}" for image in (image_a, image_b)]
-            raise DataError(f"{path_b}: {sizes[1]} pixels, but {path_a} has {sizes[0]}; a pair needs one size")
-        tags = georeference(path_a, path_b)
-        kind = ".tif" if tags else ".png"
-        mask_path = Path(out or f"mask{kind}") if one else Path(out or "masks", f"{path_a.stem}{kind}")
-        if mask_path.suffix.lower() not in (".png", ".tif", ".tiff"):
-            raise DataError(f"OUT={mask_path}: a mask is written as .png or .tif")
-        if mask_path.resolve() in (path_a.resolve(), path_b.resolve()):
-            raise DataError(f"OUT={mask_path}: would overwrite an input; name another")
-        chance = model.predict(image_a, image_b, tile_size, tta).numpy()
+    for path_a, path_b, place, mask_path, overlay_path, probability_path in plan:
+        image_b = read_rgb(path_b)
+        chance = model.predict(path_a, image_b, tile_size, tta).numpy()
         mask = chance > threshold
-
         mask_path.parent.mkdir(parents=True, exist_ok=True)
-        write(mask_path, mask.astype(np.uint8) * 255, tags)
+        place.save(mask.astype(np.uint8) * 255, mask_path)
+        _overlay(image_b, mask).save(overlay_path, quality=90)
         if probability:
             chance *= 65535
-            write(mask_path.with_stem(f"{mask_path.stem}_probability"), chance.round().astype(np.uint16), tags)
-        _overlay(image_b, mask).save(mask_path.with_name(f"{mask_path.stem}_overlay.jpg"), quality=90)
-        if (world := world_file(path_a)).exists():
-            world_file(mask_path).write_bytes(world.read_bytes())
-        elif tags and mask_path.suffix.lower() == ".png":
-            print(f"{mask_path}: a PNG can't say where it lies; OUT={mask_path.with_suffix('.tif')} can")
-        area = pixel_size**2 if pixel_size else pixel_area(tags)
-        square_metres = f", {mask.sum() * area:,.1f} m²" if area else ""
-        changed = f"{mask.sum():,} of {mask.size:,} pixels changed ({mask.mean():.2%}){square_metres}"
-        print(f"{mask_path}: {changed}", flush=True)
+            place.save(chance.round().astype(np.uint16), probability_path)
+        changed, area = mask.sum(), pixel_size**2 if pixel_size else place.pixel_area()
+        metres = f", {changed * area:,.1f} m²" if area else ""
+        print(f"{mask_path}: {changed:,} of {mask.size:,} pixels changed ({mask.mean():.2%}){metres}", flush=True)
 
 
 def _overlay(image: np.ndarray, mask: np.ndarray) -> Image.Image:
@@ -281,13 +285,15 @@ def typed(name: str, value: object, hint: type) -> object:
 if __name__ == "__main__":
     types = typing.get_type_hints(write_masks)
     hints = {name.upper(): types[name] for name in write_masks.__kwdefaults__}
-    paths = [argument for argument in sys.argv[1:] if "=" not in argument]
+    options = [argument for argument in sys.argv[1:] if re.match("[A-Z_]+=", argument)]
+    paths = [argument for argument in sys.argv[1:] if argument not in options]
     try:
         if len(paths) not in (2, 3):
             raise OptionError("give CHECKPOINT BEFORE AFTER, or CHECKPOINT FOLDER, a folder that holds A and B")
-        options = parse([argument for argument in sys.argv[1:] if "=" in argument], hints)
-        write_masks(*paths, **{name.lower(): value for name, value in options.items()})
+        write_masks(*paths, **{name.lower(): value for name, value in parse(options, hints).items()})
     except (OptionError, DataError, ModelError, OSError) as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory ran out: lower TILE_SIZE")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("error: the memory ran out: lower TILE_SIZE")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,4 +1,4 @@
-"""Where an image lies: GeoTIFF tags and world files, read from images and written beside masks."""
+"""Where an image lies: GeoTIFF tags and world files, read beside images and written beside masks."""
 
 from __future__ import annotations
 
@@ -10,55 +10,86 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from dataset import DataError
 
-SCALE, TIEPOINT, TRANSFORM, KEYS = 33550, 33922, 34264, 34735  # GeoTIFF's tags (OGC 19-008r4)
-GEOTAGS = (SCALE, TIEPOINT, TRANSFORM, KEYS, 34736, 34737, 42113)
-LINEAR_UNIT, METRE = 3076, 9001  # a key, and its value for metres
+SCALE, TIEPOINT, TRANSFORM, KEYS, NODATA = 33550, 33922, 34264, 34735, 42113  # GeoTIFF's tags (OGC 19-008r4)
+GEOTAGS = (SCALE, TIEPOINT, TRANSFORM, KEYS, 34736, 34737, NODATA)
+CRS, UNIT = 3072, 3076  # keys of the projected reference system, an EPSG code, and of its unit of length
+METRE, WEB_MERCATOR = 9001, 3857  # Web Mercator's metres are no metres on the ground
 
 
-def georeference(path_a: Path, path_b: Path) -> ImageFileDirectory_v2:
-    """The GeoTIFF tags of a pair, those of A where both have some; empty where neither has.
+class Place:
+    """Where an image lies, as far as its GeoTIFF tags or its world file tell.
+
+    Attributes:
+        affine: float64 (6,), x and y of the upper left corner, of a step to the right and of a step down; or None.
+        crs: EPSG code of the projected reference system; None where no tag tells it.
 
     Raises:
-        DataError: tags or world files say that the two lie in different places.
+        DataError: a world file that doesn't hold six numbers.
     """
-    read = []
-    for path in (path_a, path_b):
-        tags = ImageFileDirectory_v2()
+
+    def __init__(self, path: Path):
+        self.tags = ImageFileDirectory_v2()
         with Image.open(path) as image:
             own = getattr(image, "tag_v2", {})
-            for tag in set(GEOTAGS) & set(own):
-                tags.tagtype[tag] = own.tagtype[tag]
-                tags[tag] = own[tag]
-        read.append(tags)
-    tags_a, tags_b = read
-    for tag in (SCALE, TIEPOINT, TRANSFORM):
-        here, there = tags_a.get(tag), tags_b.get(tag)
-        if here and there and (len(here) != len(there) or not np.allclose(here, there, rtol=1e-9, atol=1e-9)):
-            raise DataError(f"{path_b}: lies elsewhere than {path_a}: GeoTIFF tag {tag} is {there}, not {here}")
-    worlds = [world_file(path).read_text().split() for path in (path_a, path_b) if world_file(path).exists()]
-    if len(worlds) == 2 and not np.allclose(*(np.array(world, float) for world in worlds), rtol=1e-9):
-        raise DataError(f"{path_b}: lies elsewhere than {path_a}: world file {worlds[1]}, not {worlds[0]}")
-    return tags_a or tags_b
+            for tag in GEOTAGS:
+                # "No data" is 0 or 255 in many images; in a mask these say that all of it, or all change, is void.
+                if tag in own and not (tag == NODATA and own[tag].strip(" \0") in ("0", "255")):
+                    self.tags.tagtype[tag] = own.tagtype[tag]
+                    self.tags[tag] = own[tag]
+        keys = self.tags.get(KEYS, ())
+        self._keys = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4)}
+        self.crs = self._keys.get(CRS)
+        name = world_file(path)
+        names = name, name.with_suffix(name.suffix.upper())
+        self._world = next((file.read_bytes() for file in names if file.exists()), None)
+        self.affine = None
+        if TRANSFORM in self.tags:
+            a, b, _, x, d, e, _, y = self.tags[TRANSFORM][:8]
+            self.affine = np.array([x, y, a, d, b, e])
+        elif SCALE in self.tags and TIEPOINT in self.tags:
+            (width, height, *_), (column, row, _, x, y, *_) = self.tags[SCALE], self.tags[TIEPOINT]
+            self.affine = np.array([x - column * width, y + row * height, width, 0, 0, -height])
+        elif self._world is not None:
+            try:
+                a, d, b, e, x, y = map(float, self._world.split())
+            except ValueError as error:
+                raise DataError(f"{name}: a world file holds six numbers, with decimal points ({error})") from error
+            self.affine = np.array([x - (a + b) / 2, y - (d + e) / 2, a, d, b, e])  # its x, y: the first pixel's middle
+
+    def pixel_area(self) -> float | None:
+        """Square metres of a pixel; None where that isn't known: no place, degrees, feet, Web Mercator."""
+        if self.affine is None or self._keys.get(UNIT) != METRE or self.crs == WEB_MERCATOR:
+            return None
+        a, d, b, e = self.affine[2:]
+        return abs(a * e - b * d)
+
+    def save(self, pixels: np.ndarray, path: Path) -> None:
+        """Write uint8 or uint16 (H, W) of this place: PNG, or TIFF compressed without loss; and the world file."""
+        tiff = {"tiffinfo": self.tags, "compression": "tiff_adobe_deflate"} if path.suffix.lower() != ".png" else {}
+        Image.fromarray(pixels).save(path, **tiff)
+        if self._world is not None:
+            world_file(path).write_bytes(self._world)
+        elif self.affine is not None and not tiff:
+            print(f"{path}: a PNG can't say where it lies; OUT={path.with_suffix('.tif')} can")
 
 
 def world_file(path: Path) -> Path:
-    """Where an image's world file is, if it has one: x.tif → x.tfw, x.png → x.pgw, x.jpeg → x.jgw."""
+    """The name of an image's world file: x.tif → x.tfw, x.png → x.pgw, x.jpeg → x.jgw."""
     return path.with_suffix(f".{path.suffix[1]}{path.suffix[-1]}w".lower())
 
 
-def pixel_area(tags: ImageFileDirectory_v2) -> float | None:
-    """Square metres of a pixel; None where the tags don't tell them, or tell degrees or feet."""
-    keys = tags.get(KEYS, ())
-    units = {key: value for key, _, _, value in zip(*(iter(keys),) * 4, strict=True)}
-    if units.get(LINEAR_UNIT) != METRE:
-        return None
-    if SCALE in tags:
-        return abs(tags[SCALE][0] * tags[SCALE][1])
-    a, b, _, _, d, e = tags[TRANSFORM][:6]
-    return abs(a * e - b * d)
+def common_place(path_a: Path, path_b: Path) -> Place:
+    """The place of two images, from the first that knows it.
 
-
-def write(path: Path, pixels: np.ndarray, tags: ImageFileDirectory_v2) -> None:
-    """Save uint8 or uint16 (H, W) as PNG, or as TIFF with the tags, compressed without loss."""
-    options = {"tiffinfo": tags, "compression": "tiff_adobe_deflate"} if path.suffix.lower() != ".png" else {}
-    Image.fromarray(pixels).save(path, **options)
+    Raises:
+        DataError: their places differ, by more than a hundredth of a pixel.
+    """
+    place_a, place_b = Place(path_a), Place(path_b)
+    if place_a.affine is None or place_b.affine is None:
+        return place_b if place_a.affine is None else place_a
+    pixel, off = np.abs(place_a.affine[2:]).max(), np.abs(place_a.affine - place_b.affine)
+    two_systems = place_a.crs and place_b.crs and place_a.crs != place_b.crs
+    if off[:2].max() > 0.01 * pixel or off[2:].max() > 1e-5 * pixel or two_systems:
+        where = [f"{place.affine.tolist()} in EPSG:{place.crs}" for place in (place_a, place_b)]
+        raise DataError(f"{path_b}: lies elsewhere than {path_a}: corner and steps {where[1]}, not {where[0]}")
+    return place_a

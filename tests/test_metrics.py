@@ -134,3 +134,15 @@ def test_thresholds_where_nothing_is_labelled():
     assert metrics.average_precision() == 0 and metrics.best_threshold() == 0.5
     assert set(metrics.compute().values()) == {1.0}
     assert all(np.isfinite(values).all() for values in metrics.curve().values())
+
+
+def test_what_is_not_a_number_counts_as_unchanged():
+    metrics = ThresholdMetrics()
+    metrics.update(torch.full((1, 1, 4, 4), torch.nan), torch.ones(1, 1, 4, 4))
+    assert metrics.compute()["iou"] == 0 and metrics.curve()["iou"][1:].max() == 0
+
+
+def test_the_best_threshold_is_one_that_compute_knows():
+    metrics = ThresholdMetrics()
+    metrics.update(torch.full((1, 1, 4, 4), -20.0), torch.ones(1, 1, 4, 4))  # only "all of it" would be right
+    assert metrics.compute(metrics.best_threshold())["iou"] == metrics.curve()["iou"][1:].max() == 0

@@ -196,6 +196,8 @@ def test_files_arrays_and_tensors_are_one(model, tmp_path):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
     arrays[0].flags.writeable = False
     expected = model.predict(*pair)
+    assert torch.equal(model.predict(*(array[..., ::-1][..., ::-1] for array in arrays)), expected)
+    torch.testing.assert_close(model.predict(*(image.double() / 255 for image in pair)), expected)
     assert expected.shape == (47, 33)
     assert torch.equal(model.predict(*arrays), expected)
     assert torch.equal(model.predict(tmp_path / "a.png", str(tmp_path / "b.png")), expected)
@@ -216,7 +218,9 @@ def test_test_time_augmentation_is_the_mean_over_eight_views(model):
 @pytest.mark.parametrize(
     ("image_a", "image_b", "message"),
     [
-        (torch.zeros(3, 8, 8), torch.zeros(3, 8, 9), "8 × 8 and 9 × 8"),
+        (torch.zeros(3, 8, 8), torch.zeros(3, 8, 9), "(3, 8, 8) and torch.float32 (3, 8, 9)"),
+        (torch.zeros(3, 8, 8), np.zeros((8, 8, 3), np.uint8), "torch.float32 (3, 8, 8) and torch.uint8 (3, 8, 8)"),
+        (torch.zeros(3, 8, 8).int(), torch.zeros(3, 8, 8).int(), "not torch.int32 (3, 8, 8)"),
         (torch.zeros(1, 8, 8), torch.zeros(3, 8, 8), "not torch.float32 (1, 8, 8)"),
         (np.zeros((8, 8, 3)), np.zeros((8, 8, 3)), "not float64 (8, 8, 3)"),
         (None, None, "not NoneType"),

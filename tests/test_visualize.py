@@ -11,11 +11,12 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from PIL import Image
+from test_georeference import geotags
 
 import visualize as visualize_module
 from dataset import LEVIRCD, DataError
 from model import FusionUNet
-from visualize import OUTCOMES, plot_curves, plot_precision_recall, plot_predictions, write_masks
+from visualize import OUTCOMES, OptionError, plot_curves, plot_precision_recall, plot_predictions, write_masks
 
 
 class Recorder:
@@ -91,6 +92,16 @@ def test_named_items_in_their_order(model):
     figure = plot_predictions(model, data, device="cpu", path=None, items=[7, 2])
     assert data.read == [7, 2]
     assert [axis.get_ylabel() for axis in figure.axes[::6]] == ["7", "2"]
+
+
+def test_a_large_image_is_drawn_thinned_and_scored_in_full(model):
+    data = Recorder(1, (64, 1100))
+    figure = plot_predictions(model, data, device="cpu", path=None)
+    assert all(axis.get_images()[0].get_array().shape[:2] == (22, 367) for axis in figure.axes)
+    image_a, image_b, label = data[0]
+    predicted, labelled = model.predict(image_a, image_b).numpy() > 0.5, label[0].numpy() > 0
+    iou = (predicted & labelled).sum() / (predicted | labelled).sum()
+    assert figure.axes[-2].get_xlabel() == f"IoU {iou:.2f}"
 
 
 def test_whole_images_and_tiles_of_a_real_data_set(model, tiny):
@@ -189,13 +200,16 @@ def test_the_masks_of_folders_are_paired_by_stem(checkpoint):
 @pytest.mark.parametrize(
     ("paths", "options", "message"),
     [
-        (("a.png", "nowhere.png"), {}, "nowhere.png: no such file"),
+        (("a.png", "nowhere.png"), {}, "nowhere.png: not there"),
         (("a.png", "small.png"), {}, "small.png: 8 × 8 pixels, but a.png has 56 × 40"),
         (("a.png", "text.png"), {}, "text.png: can't be read as an image"),
         (("a.png", "grey.png"), {}, "grey.png: one band"),
-        (("a.png", "b.png"), {"out": "a.png"}, "OUT=a.png: would overwrite"),
+        (("a.png", "b.png"), {"out": "a.png"}, "a.png: is there already"),
         (("a.png", "b.png"), {"out": "mask.jpg"}, "OUT=mask.jpg: "),
-        (("empty",), {}, "empty/A: no such file"),
+        (("empty",), {}, "empty/A: not there"),
+        (("a.png", "empty"), {}, "empty: not there"),
+        (("split",), {"out": "split/label"}, "split/label/x.png: is there already"),
+        (("split",), {"out": "split/A"}, "OUT=split/A: "),
     ],
 )
 def test_files_without_a_mask(checkpoint, paths, options, message):
@@ -204,11 +218,29 @@ def test_files_without_a_mask(checkpoint, paths, options, message):
     Path("text.png").write_text("not an image")
     Path("empty").mkdir()
     Image.new("L", (56, 40)).save("grey.png")
-    before = Path("a.png").read_bytes()
+    write_images("split/A/x.jpg", "split/B/x.jpg", "split/label/x.png")
+    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
     with pytest.raises(DataError, match=re.escape(message)) as error:
         write_masks(checkpoint, *paths, **options, device="cpu")
-    assert "\n" not in str(error.value) and Path("a.png").read_bytes() == before
-    assert not list(Path().glob("mask*"))
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in Path().rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("options", [{"threshold": 50.0}, {"threshold": -0.1}, {"pixel_size": 0.0}])
+def test_options_that_cannot_be(checkpoint, options):
+    write_images("a.png", "b.png")
+    with pytest.raises(OptionError, match=next(iter(options)).upper()):
+        write_masks(checkpoint, "a.png", "b.png", **options)
+
+
+def test_a_geotiff_comes_out_of_geotiffs(checkpoint, capsys):
+    write_images("a.tif", "b.tif", tiffinfo=geotags())
+    write_masks(checkpoint, "a.tif", "b.tif", threshold=0.0, device="cpu")
+    with Image.open("mask.tif") as mask:
+        assert mask.tag_v2[33922] == geotags()[33922] and mask.tag_v2[34735] == geotags()[34735]
+    assert "2,240 of 2,240 pixels changed (100.00%), 560.0 m²" in capsys.readouterr().out
+    write_masks(checkpoint, "a.tif", "b.tif", out="x.png", device="cpu")
+    assert "x.png: a PNG can't say where it lies; OUT=x.tif can" in capsys.readouterr().out
 
 
 def test_the_command_line(checkpoint):
@@ -220,9 +252,8 @@ def test_the_command_line(checkpoint):
     done = visualize("best.pt", "a.png", "b.png", "OUT=new/x.png", "THRESHOLD=0", "DEVICE=cpu")
     assert (done.returncode, done.stderr) == (0, "")
     assert "new/x.png: 2,240 of 2,240 pixels changed (100.00%)" in done.stdout
-    for arguments in (["best.pt"], ["best.pt", "a.png", "b.png", "COLOUR=red"], ["a.png", "a.png", "b.png"]):
-        done = visualize(*arguments)
-        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = visualize("a.png", "a.png", "b.png", "COLOUR=red")
+    assert done.returncode == 1 and done.stderr.startswith("error: COLOUR=red: ") and done.stderr.count("\n") == 1
 
 
 def test_importing_it_brings_no_logger():
