@@ -200,7 +200,7 @@ def _open(path: Path, mask: bool = False) -> Image.Image:
     try:
         image = Image.open(path)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: can't be read as an image of three bands ({error}); replace it") from error
+        raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{path}: {image.width} × {image.height} pixels are more than MAX_PIXELS of dataset.py; cut it")
     raw_mode = image.tile[0].args if image.tile else ""

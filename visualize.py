@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from data.georeference import common_place
+from data.georeference import Place, common_place, world_file
 from dataset import DataError, check_headers, find_pairs, read_rgb
 from model import FusionUNet, ModelError
 
@@ -31,7 +31,6 @@ COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
 CELL = 1.9  # inches, a side
 DPI = 75  # 855 pixels across, what a README shows
 FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
-
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
 
 
@@ -73,10 +72,8 @@ def plot_predictions(
         items = np.unique(np.linspace(0, len(dataset) - 1, num_samples).round().astype(int)).tolist()
     if not items:
         raise ValueError(f"nothing to draw: {num_samples} samples of a data set of {len(dataset)}")
-    figure, grid = plt.subplots(
-        len(items), len(COLUMNS), figsize=(CELL * len(COLUMNS), CELL * len(items) + 0.6),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+    size = CELL * len(COLUMNS), CELL * len(items) + 0.6
+    figure, grid = plt.subplots(len(items), len(COLUMNS), figsize=size, squeeze=False, layout="constrained")
     plt.close(figure)
     home = next(model.parameters()).device
     model.to(device)
@@ -175,7 +172,7 @@ def write_masks(
 ) -> None:
     """Predict files; write the mask of each pair (0 and 255) and an overlay, and print the area that changed.
 
-    A GeoTIFF's mask is a GeoTIFF of the same place; a world file gets its copy beside the mask. No file is overwritten.
+    A mask lies where its images lie: a TIFF by GeoTIFF tags, a PNG by a world file. No file is overwritten.
 
     Args:
         checkpoint: `best.pt` of a run.
@@ -186,7 +183,7 @@ def write_masks(
         threshold: probability above which a pixel counts as changed; None for the checkpoint's, best on validation.
         pixel_size: metres; None for a GeoTIFF's own.
         tile_size: as in `FusionUNet.predict`.
-        tta: as in `FusionUNet.predict`.
+        tta: likewise.
         device: as in `FusionUNet.load`.
 
     Raises:
@@ -194,15 +191,29 @@ def write_masks(
         DataError: images that can't be read, or are not of one place and size; a file to write is there already.
         ModelError: not a checkpoint.
     """
-    before, after = (Path(before), Path(after)) if after else (Path(before, "A"), Path(before, "B"))
+    if not 0 <= (threshold or 0) < 1 or not (pixel_size is None or pixel_size > 0):
+        raise OptionError(f"THRESHOLD={threshold}, PIXEL_SIZE={pixel_size}: must be in 0..1, and above 0")
+    plan = _plan(*((Path(before), Path(after)) if after else (Path(before, "A"), Path(before, "B"))), out)
+    model = FusionUNet.load(checkpoint, pick_device(device))
+    model.threshold = model.threshold if threshold is None else threshold
+    print(f"{len(plan)} to predict; changed where the probability is above {model.threshold:.3f}", flush=True)
+    for path_a, path_b, place, files in plan:
+        image_b = read_rgb(path_b)
+        chance = model.predict(path_a, image_b, tile_size, tta).numpy()
+        mask = chance > model.threshold
+        _write(chance, mask, image_b, place, files if probability else files[:2])
+        changed, area = mask.sum(), pixel_size**2 if pixel_size else place.pixel_area()
+        metres = f", {changed * area:,.1f} m²" if area else ""
+        print(f"{files[0]}: {changed:,} of {mask.size:,} pixels changed ({mask.mean():.2%}){metres}", flush=True)
+
+
+def _plan(before: Path, after: Path, out: str | None) -> list[tuple[Path, Path, Place, tuple[Path, ...]]]:
+    """The pairs, their places and files for mask, overlay and probability; names and headers are checked here."""
     for path in (before, after):
         if not path.exists() or path.is_file() != before.is_file():
             raise DataError(f"{path}: not there; give two images, two folders, or one folder that holds A and B")
-    if not 0 <= (threshold or 0) < 1 or not (pixel_size is None or pixel_size > 0):
-        raise OptionError(f"THRESHOLD={threshold}, PIXEL_SIZE={pixel_size}: must be in 0..1, and above 0")
-    pairs = [(before, after)] if before.is_file() else find_pairs(before, after)
     plan, taken = [], set()
-    for path_a, path_b in pairs:  # whatever is wrong with names or headers shows before the first prediction
+    for path_a, path_b in [(before, after)] if before.is_file() else find_pairs(before, after):
         check_headers((path_a, path_b))
         place = common_place(path_a, path_b)
         suffix = ".tif" if place.tags and place.affine is not None else ".png"
@@ -210,37 +221,26 @@ def write_masks(
         if path.suffix.lower() not in (".png", ".tif", ".tiff") or path.parent in (before, after):
             raise DataError(f"OUT={out}: must be a .png or .tif, or for folders a folder other than theirs")
         files = path, path.with_name(f"{path.stem}_overlay.jpg"), path.with_stem(f"{path.stem}_probability")
-        for file in files if probability else files[:2]:
+        for file in (*files, world_file(path), world_file(files[2])):
             if file.exists() or file in taken:
                 raise DataError(f"{file}: is there already; remove it, or name another OUT")
             taken.add(file)
-        plan.append((path_a, path_b, place, *files))
-
-    model = FusionUNet.load(checkpoint, pick_device(device))
-    threshold = model.threshold if threshold is None else threshold
-    print(f"{len(pairs)} to predict; changed where the probability is above {threshold:.3f}", flush=True)
-    for path_a, path_b, place, mask_path, overlay_path, probability_path in plan:
-        image_b = read_rgb(path_b)
-        chance = model.predict(path_a, image_b, tile_size, tta).numpy()
-        mask = chance > threshold
-        mask_path.parent.mkdir(parents=True, exist_ok=True)
-        place.save(mask.astype(np.uint8) * 255, mask_path)
-        _overlay(image_b, mask).save(overlay_path, quality=90)
-        if probability:
-            chance *= 65535
-            place.save(chance.round().astype(np.uint16), probability_path)
-        changed, area = mask.sum(), pixel_size**2 if pixel_size else place.pixel_area()
-        metres = f", {changed * area:,.1f} m²" if area else ""
-        print(f"{mask_path}: {changed:,} of {mask.size:,} pixels changed ({mask.mean():.2%}){metres}", flush=True)
+        plan.append((path_a, path_b, place, files))
+    return plan
 
 
-def _overlay(image: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """The image with what changed in colour, made small enough to look at."""
+def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place, files: Sequence[Path]) -> None:
+    """Save the mask, the image with what changed in colour, small enough to look at, and if asked the probability."""
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    mask = mask.astype(np.uint8) * 255
+    place.save(mask, files[0])
     factor = -(-max(mask.shape) // OVERLAY_SIDE)
     picture = np.asarray(Image.fromarray(image).reduce(factor)).astype(np.float32)
-    share = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).reduce(factor))[..., None] / 255 * 0.6
+    share = np.asarray(Image.fromarray(mask).reduce(factor))[..., None] / 255 * 0.6
     colour = 255 * np.array(to_rgb(OUTCOMES["missed"]))
-    return Image.fromarray((picture * (1 - share) + colour * share).round().astype(np.uint8))
+    Image.fromarray((picture * (1 - share) + colour * share).round().astype(np.uint8)).save(files[1], quality=90)
+    for file in files[2:]:
+        place.save((chance * 65535).round().astype(np.uint16), file)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -64,13 +64,18 @@ class Place:
         return abs(a * e - b * d)
 
     def save(self, pixels: np.ndarray, path: Path) -> None:
-        """Write uint8 or uint16 (H, W) of this place: PNG, or TIFF compressed without loss; and the world file."""
-        tiff = {"tiffinfo": self.tags, "compression": "tiff_adobe_deflate"} if path.suffix.lower() != ".png" else {}
+        """Write uint8 or uint16 (H, W) of this place: TIFF with the tags, compressed without loss, or PNG.
+
+        A world file goes along where the image has one, and beside a PNG, which can't hold tags.
+        """
+        png, world = path.suffix.lower() == ".png", self._world
+        tiff = {} if png else {"tiffinfo": self.tags, "compression": "tiff_adobe_deflate"}
         Image.fromarray(pixels).save(path, **tiff)
-        if self._world is not None:
-            world_file(path).write_bytes(self._world)
-        elif self.affine is not None and not tiff:
-            print(f"{path}: a PNG can't say where it lies; OUT={path.with_suffix('.tif')} can")
+        if world is None and png and self.affine is not None:
+            x, y, a, d, b, e = self.affine.tolist()
+            world = "".join(f"{value}\n" for value in (a, d, b, e, x + (a + b) / 2, y + (d + e) / 2)).encode()
+        if world is not None:
+            world_file(path).write_bytes(world)
 
 
 def world_file(path: Path) -> Path:
