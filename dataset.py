@@ -1,28 +1,25 @@
-"""LEVIR-CD pairs from files to tensors: pairing, decoding, cropping, augmenting, complaints about bad input."""
+"""LEVIR-CD pairs from files to batches of tensors: decoded once, cropped, augmented."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import os
+import signal
 import tempfile
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from data.images import DataError, by, check_headers, find_pairs, read_mask, read_rgb
+
 FOLDERS = ("A", "B", "label")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-MAX_PIXELS = 400_000_000  # an image may hold, 20,000 × 20,000: a small file of a stranger may unpack to more
-
-
-class DataError(ValueError):
-    """Input that can't be used; the message says what is wrong, in which file, and what to do."""
 
 
 class LEVIRCD(Dataset):
@@ -59,12 +56,10 @@ class LEVIRCD(Dataset):
         sizes = [check_headers(paths) for paths in self.pairs]
         for paths, size in zip(self.pairs, sizes, strict=True):
             if augment and crop_size and min(size) < crop_size:
-                raise DataError(
-                    f"{paths[0]}: {_by(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE"
-                )
+                raise DataError(f"{paths[0]}: {by(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE")
             if augment and not crop_size and size != sizes[0]:
                 raise DataError(
-                    f"{paths[0]}: {_by(size)} pixels, but {self.pairs[0][0]} has {_by(sizes[0])}: set a CROP_SIZE"
+                    f"{paths[0]}: {by(size)} pixels, but {self.pairs[0][0]} has {by(sizes[0])}: set a CROP_SIZE"
                 )
 
         self.tiles: list[tuple[int, slice, slice]] = []  # pair, rows, columns
@@ -92,7 +87,7 @@ class LEVIRCD(Dataset):
         """The item at an index; with augmentation `(index, seed)` gives the same crop each time."""
         index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**31, ())))
         pair, rows, columns = self.tiles[index]
-        array = np.load(self._cached[pair], mmap_mode="r") if self._cached else _decode(self.pairs[pair])
+        array = self._load(pair)
         array = self._random_crop(array, np.random.default_rng(seed)) if self.augment else array[rows, columns]
         array = np.ascontiguousarray(array.transpose(2, 0, 1))  # (7, H, W): the one copy
         return tuple(torch.from_numpy(array).split([3, 3, 1]))
@@ -102,6 +97,11 @@ class LEVIRCD(Dataset):
         pair, rows, columns = self.tiles[index]
         stem = self.pairs[pair][0].stem
         return f"{stem} [{rows.start}, {columns.start}]" if self.crop_size else stem
+
+    def files(self, keys: Iterable[int | tuple[int, int]]) -> str:
+        """The images before of some items, as `__getitem__` takes them, in one line."""
+        indices = (key[0] if isinstance(key, tuple) else key for key in keys)
+        return ", ".join(sorted({str(self.pairs[self.tiles[index][0]][0]) for index in indices}))
 
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change when a file is added, removed, renamed or changes its size."""
@@ -115,6 +115,15 @@ class LEVIRCD(Dataset):
             by_size.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append(index)
         return [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
 
+    def _load(self, pair: int) -> np.ndarray:
+        if self._cached is None:
+            return _decode(self.pairs[pair])
+        try:
+            return np.load(self._cached[pair], mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # gone or damaged since it was filled
+            self._cached[pair].unlink(missing_ok=True)
+            return np.load(_fill_cache(self.pairs[pair], self._cached[pair].parent), mmap_mode="r")
+
     def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         height, width = array.shape[:2]
         size_y, size_x = self.crop_size or height, self.crop_size or width
@@ -125,6 +134,50 @@ class LEVIRCD(Dataset):
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         return crop[..., [3, 4, 5, 0, 1, 2, 6]] if rng.random() < 0.5 else crop
+
+
+class RandomDraws(Sampler):
+    """Each index once, in random order, with the seed of its crop; all of it follows from torch's seed."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.drawn: list[tuple[int, int]] = []  # in the pass at hand
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, seeds = torch.randperm(self.length), torch.randint(2**31, (self.length,))
+        self.drawn = list(zip(order.tolist(), seeds.tolist(), strict=True))
+        return iter(self.drawn)
+
+
+def make_loader(dataset: LEVIRCD, batch_size: int, num_workers: int | None, on_gpu: bool) -> DataLoader:
+    """Batches of random crops in random order, or of tiles, a size at a time.
+
+    Args:
+        dataset: its crops, where it augments, and their order follow from torch's seed when a pass begins.
+        batch_size: items.
+        num_workers: processes that load; None: by the cores for a GPU, 0 otherwise.
+        on_gpu: the batches go to a GPU.
+    """
+    workers = num_workers if num_workers is not None else min(8, os.cpu_count()) if on_gpu else 0
+    if dataset.augment:
+        full = len(dataset) >= batch_size  # else the one batch there is
+        sampling = {"sampler": RandomDraws(len(dataset)), "batch_size": batch_size, "drop_last": full}
+    else:
+        sampling = {"batch_sampler": dataset.batches(batch_size)}
+    # With a generator of its own a loader draws nothing from torch's, whatever its workers.
+    return DataLoader(
+        dataset, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_main,
+        pin_memory=on_gpu, generator=torch.Generator(), **sampling,
+    )  # fmt: skip
+
+
+def leave_signals_to_main(_: int) -> None:
+    """A worker outlives Ctrl-C, which reaches it too, until the main process ends it; that is no failure of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def color_jitter(images: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
@@ -168,99 +221,9 @@ def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
     return (mean + (images - mean) * angle.cos() + cross * angle.sin()).clamp(0, 1)
 
 
-def find_pairs(*folders: Path) -> list[tuple[Path, ...]]:
-    """The files of several folders that share a stem, in the order of their stems; DataError where one is missing."""
-    found: list[dict[str, Path]] = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; a split holds A, B and label (see data/README.md)")
-        files: dict[str, Path] = {}
-        for entry in os.scandir(folder):
-            path = Path(entry.path)
-            if path.suffix.lower() not in SUFFIXES or entry.name.startswith(".") or not entry.is_file():
-                continue
-            if path.stem in files:
-                raise DataError(f"{path}: a second file beside {files[path.stem].name} for one pair; remove one")
-            files[path.stem] = path
-        found.append(files)
-    stems = sorted(set().union(*found))
-    if not stems:
-        raise DataError(f"{' and '.join(map(str, folders))}: no images ({', '.join(sorted(SUFFIXES))})")
-    for stem in stems:
-        for folder, files in zip(folders, found, strict=True):
-            if stem not in files:
-                there = next(other[stem] for other in found if stem in other)
-                raise DataError(f"{there}: no file of that name in {folder}; add it or remove this one")
-    return [tuple(files[stem] for files in found) for stem in stems]
-
-
-def _open(path: Path, mask: bool = False) -> Image.Image:
-    """The image with its header read and its kind checked, its pixels not decoded yet."""
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow itself refuses
-    try:
-        image = Image.open(path)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise DataError(f"{path}: {image.width} × {image.height} pixels are more than MAX_PIXELS of dataset.py; cut it")
-    raw_mode = image.tile[0].args if image.tile else ""
-    raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
-    if ";16" in raw_mode or image.mode[0] in "IF":  # Pillow drops the low byte of 16-bit colour in silence
-        raise DataError(f"{path}: more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB")
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-        raise DataError(f"{path}: colour mode {image.mode}; convert it to 8-bit RGB")
-    if image.mode in ("1", "L", "LA") and not mask:
-        raise DataError(f"{path}: one band, grey; an image needs three, red, green and blue")
-    return image
-
-
-def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
-    """The height and width that two images, and the mask if there is a third file, share; DataError if they don't."""
-    sizes = []
-    for index, path in enumerate(paths):
-        with _open(path, mask=index == 2) as image:
-            sizes.append(image.size[::-1])
-    for path, size in zip(paths[1:], sizes[1:], strict=True):
-        if size != sizes[0]:
-            raise DataError(f"{path}: {_by(size)} pixels, but {paths[0]} has {_by(sizes[0])}; a pair needs one size")
-    return sizes[0]
-
-
 def _decode(paths: tuple[Path, Path, Path]) -> np.ndarray:
     """uint8 (H, W, 7): three bands before, three after, and the mask in {0, 1}."""
-    return np.dstack([read_rgb(paths[0]), read_rgb(paths[1]), _read_mask(paths[2])])
-
-
-def read_rgb(path: Path, mask: bool = False) -> np.ndarray:
-    """uint8 (H, W, 3) of an 8-bit image without transparency; of a grey one only if it is a mask.
-
-    Raises:
-        DataError: not such an image, damaged, or larger than `MAX_PIXELS`.
-    """
-    with _open(path, mask) as image:
-        try:
-            if image.has_transparency_data:
-                if image.convert("RGBA").getextrema()[3][0] < 255:
-                    raise DataError(f"{path}: partly transparent; flatten it to RGB (or keep bands 1 to 3 alone)")
-            return np.array(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
-
-
-def _read_mask(path: Path) -> np.ndarray:
-    """uint8 (H, W) in {0, 1} of a mask in {0, 1} or {0, 255}, in any mode that shows it."""
-    rgb = read_rgb(path, mask=True)
-    mask = rgb[..., 0]
-    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
-    if not (np.isin(values, (0, 255)).all() or np.isin(values, (0, 1)).all()) or (rgb != mask[..., None]).any():
-        with _open(path, mask=True) as image:  # a palette may show the classes 0 and 1 in any two colours
-            mask = np.asarray(image) if image.mode == "P" else mask
-        if mask.max() > 1:
-            shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
-            raise DataError(f"{path}: a mask holds 0 and 255 (or 0 and 1) alone, this one {shown}; save it as PNG")
-    return (mask > 0).astype(np.uint8)
+    return np.dstack([read_rgb(paths[0]), read_rgb(paths[1]), read_mask(paths[2])])
 
 
 def _fill_cache(paths: tuple[Path, Path, Path], cache_dir: Path) -> Path:
@@ -284,7 +247,3 @@ def _fill_cache(paths: tuple[Path, Path, Path], cache_dir: Path) -> Path:
             if stale != str(cached):
                 Path(stale).unlink(missing_ok=True)
     return cached
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[1]} × {size[0]}"

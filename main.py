@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import logging
 import math
 import os
-import platform
+import re
 import signal
-import subprocess
 import sys
 import time
 import typing
-from collections.abc import Iterable, Iterator
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
-import mlflow
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.make_demo import make_demo
-from dataset import LEVIRCD, DataError, color_jitter
+from data.runs import RunLog, describe, last_checkpoint, new_folder, written_whole
+from dataset import LEVIRCD, DataError, color_jitter, make_loader
 from losses import CombinedIoULoss
 from metrics import ChangeMetrics, ThresholdMetrics, as_table
 from model import FusionUNet, ModelError
@@ -63,10 +57,14 @@ DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there 
 AMP: bool = True  # bfloat16 autocast on CUDA, for GPUs that have it (Ampere and newer); False: float32
 NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
 SEED: int = 0  # of the weights, the order, the crops and the colours
+DETERMINISTIC: bool = False  # True: the same bits again on CUDA too, slower; the CPU gives them in any case
+RESUME: str | None = None  # folder of a run to go on with, such as runs/RUN; None: a new run
 RUN_NAME: str | None = None  # folder under runs/; None: date and time
 EVALUATE: str | None = None  # checkpoint to score instead of training, such as runs/RUN/best.pt; None: train
 SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores of test, where it is there
 
+# What may be changed when a run goes on; anything else would make it another experiment.
+CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "NUM_WORKERS")
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 
 # What changes where there is no data yet: minutes on two CPU cores, and nothing to download.
@@ -85,51 +83,96 @@ def main(**overrides: object) -> dict[str, float]:
     Raises:
         OptionError: an unknown constant, or a value that it can't have.
         DataError, ModelError: input, weights or a checkpoint that can't be used.
+        FloatingPointError: the loss isn't finite any more.
+        OSError: something can't be written.
     """
-    config, demo = configure(overrides)
+    config, began = configure(overrides)
     device = pick_device(config.DEVICE)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    torch.use_deterministic_algorithms(config.DETERMINISTIC)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
     torch.manual_seed(config.SEED)
+
+    def load(split: str, crop_size: int | None, augment: bool = False) -> DataLoader:
+        dataset = LEVIRCD(config.DATA_DIR, split, crop_size, augment, config.CACHE_DIR)
+        return make_loader(dataset, config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda")
+
     if config.EVALUATE is not None:
-        model = FusionUNet.load(config.EVALUATE, device)
-        loader = make_loader(config, device, config.SPLIT, PROTOCOL_CROP)
-        with RunLog(config, demo, device, [loader]) as log:
+        model, loader = FusionUNet.load(config.EVALUATE, device), load(config.SPLIT, PROTOCOL_CROP)
+        record = describe(config, began, device, {config.SPLIT: loader})
+        with RunLog(new_folder(config.RUN_NAME), record) as log:
             return evaluate(model, loader, config, log)
 
-    loaders = {"train": make_loader(config, device, "train", config.CROP_SIZE, augment=True)}
-    loaders["val"] = make_loader(config, device, "val", config.CROP_SIZE)
+    loaders = {"train": load("train", config.CROP_SIZE, augment=True), "val": load("val", config.CROP_SIZE)}
     if Path(config.DATA_DIR, "test").is_dir():
-        loaders["test"] = make_loader(config, device, "test", PROTOCOL_CROP)
-    model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE).to(device, memory_format=torch.channels_last)
-    with RunLog(config, demo, device, loaders.values()) as log:
-        scores = prefixed("val", fit(model, loaders, config, log))
-        best = FusionUNet.load(log.folder / "best.pt", device)
-        log.pictures(best, loaders["val"].dataset)
-        if "test" in loaders:
-            scores |= evaluate(best, loaders["test"], config, log)
-    print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
+        loaders["test"] = load("test", PROTOCOL_CROP)
+    record = describe(config, began, device, loaders)
+    last = last_checkpoint(config.RESUME)
+    model = FusionUNet(None if last else config.WEIGHTS, config.FREEZE_BACKBONE)
+    model.to(device, memory_format=torch.channels_last)
+    folder = Path(config.RESUME) if config.RESUME else new_folder(config.RUN_NAME)
+    sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
+    print(f"{folder}: {sizes} items of {config.DATA_DIR} on {record['device']}", flush=True)
+    with RunLog(folder, record, last["rows"] if last else ()) as log:
+        try:
+            scores = prefixed("val", fit(model, loaders, config, log, last))
+            best = FusionUNet.load(folder / "best.pt", device)
+            draw_best(best, loaders["val"].dataset, folder)
+            if "test" in loaders:
+                scores |= evaluate(best, loaders["test"], config, log)
+        except BaseException as error:
+            if not isinstance(error, FloatingPointError):  # which would come again
+                print(f"the run can go on: python main.py RESUME={folder}", flush=True)
+            raise
+    print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {folder}: best.pt, metrics.csv and more")
     return scores
 
 
-def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, bool]:
-    """The constants with the overrides put in, and whether this is the demo, which is drawn if need be."""
+def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
+    """The constants with the overrides put in, and how the run began: `demo`, and of one to resume its whole record."""
     hints = typing.get_type_hints(sys.modules[__name__])
     constants = {name: globals()[name] for name in hints}
     if unknown := overrides.keys() - constants.keys():
         raise OptionError(f"{', '.join(unknown)}: no such constant; there are {', '.join(constants)}")
     given = constants | overrides
-    needed = given["SPLIT"] if given["EVALUATE"] else "train"
-    demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, str(needed)).is_dir()
-    constants = constants | DEMO | overrides if demo else given
-    constants = {name: checked(name, value, hints[name]) for name, value in constants.items()}
+    if given["RESUME"] is not None:
+        began = recorded(typed("RESUME", given["RESUME"], str), overrides)
+        constants |= began["constants"] | overrides
+    else:
+        needed = given["SPLIT"] if given["EVALUATE"] else "train"
+        demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, str(needed)).is_dir()
+        began, constants = {"demo": demo}, constants | DEMO | overrides if demo else given
+        if given["RUN_NAME"] and Path("runs", str(given["RUN_NAME"])).exists():
+            raise OptionError(f"RUN_NAME={given['RUN_NAME']}: that folder of runs/ is there already; name another")
+    constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
     if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
         raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
-    if demo:
+    if began["demo"]:
         used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
-        print(f"NO DATA in data/{needed} (see data/README.md): USING THE DEMO with {used}", flush=True)
+        print(f"NO DATA in data (see data/README.md): USING THE DEMO with {used}", flush=True)
         if not Path(constants["DATA_DIR"]).is_dir():
             make_demo(constants["DATA_DIR"])
-    return SimpleNamespace(**constants), demo
+    return SimpleNamespace(**constants | {"RESUME": given["RESUME"]}), began
+
+
+def recorded(folder: str, overrides: dict[str, object]) -> dict:
+    """The record of a run that shall go on with some of its constants changed."""
+    try:
+        record = json.loads(Path(folder, "constants.json").read_text())
+        began = record["constants"]
+        if began["EVALUATE"] is not None:
+            raise OptionError(f"RESUME={folder}: this run scored a checkpoint and is done; give EVALUATE again")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"RESUME={folder}: not the folder of a run ({error}); give one of runs/") from error
+    for name, value in overrides.items():
+        if name != "RESUME" and name not in CHANGEABLE and value != began.get(name):
+            changeable = ", ".join(CHANGEABLE)
+            raise OptionError(f"{name}={value}: the run began with {began.get(name)}; only {changeable} may change")
+    if isinstance(epochs := overrides.get("EPOCHS"), int) and epochs < began["EPOCHS"]:
+        raise OptionError(f"EPOCHS={epochs}: may be raised, but the run began with {began['EPOCHS']}")
+    return record
 
 
 def checked(name: str, value: object, hint: type) -> object:
@@ -140,59 +183,32 @@ def checked(name: str, value: object, hint: type) -> object:
         most = {"ALPHA": 1, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1, "HUE": 0.5}.get(name, sys.maxsize)
         if not least <= value <= most:
             raise OptionError(f"{name}={value}: must be {least} to {most}")
-    if (name in ("RUN_NAME", "SPLIT") and value is not None and Path(value).name != value) or value == "":
-        raise OptionError(f"{name}={value}: must be a name, and for a folder not a path")
-    if name == "RUN_NAME" and value is not None and Path("runs", value).exists():
-        raise OptionError(f"RUN_NAME={value}: runs/{value} is there already; name another")
+    if value == "":
+        raise OptionError(f"{name}=: nothing is given behind it")
+    if name in ("RUN_NAME", "SPLIT") and value is not None and Path(value).name != value:
+        raise OptionError(f"{name}={value}: must be a name, not a path")
     return value
 
 
-class RandomDraws(Sampler):
-    """Each index once, in random order, with the seed of its crop; all of it follows from torch's seed."""
+def fit(
+    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog, last: dict | None = None
+) -> dict[str, float]:
+    """Train up to EPOCHS, from the checkpoint `last` on if there is one; validate, log and save after each epoch.
 
-    def __init__(self, length: int):
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return zip(torch.randperm(self.length).tolist(), torch.randint(2**31, (self.length,)).tolist(), strict=True)
-
-
-def make_loader(
-    config: SimpleNamespace, device: torch.device, split: str, crop_size: int | None, augment: bool = False
-) -> DataLoader:
-    """Batches of a split, tiles or random crops; with a cache, whatever is wrong with its files shows here."""
-    on_gpu = device.type == "cuda"
-    workers = config.NUM_WORKERS if config.NUM_WORKERS is not None else min(8, os.cpu_count()) if on_gpu else 0
-    dataset = LEVIRCD(config.DATA_DIR, split, crop_size, augment, config.CACHE_DIR)
-    if augment:
-        full = len(dataset) >= config.BATCH_SIZE  # else the one batch there is
-        sampling = {"sampler": RandomDraws(len(dataset)), "batch_size": config.BATCH_SIZE, "drop_last": full}
-    else:
-        sampling = {"batch_sampler": dataset.batches(config.BATCH_SIZE)}
-    # With a generator of its own a loader draws nothing from torch's, whatever its workers.
-    return DataLoader(
-        dataset, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_main,
-        pin_memory=on_gpu, generator=torch.Generator(), **sampling,
-    )  # fmt: skip
-
-
-def leave_signals_to_main(_: int) -> None:
-    """A worker outlives Ctrl-C, which reaches it too, until the main process ends it; that is no failure of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
-def fit(model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog) -> dict[str, float]:
-    """Train for EPOCHS, validate, log and save after each; returns the validation scores of the epoch in best.pt."""
+    Returns:
+        The validation scores of the epoch in best.pt.
+    """
     trainable = filter(lambda parameter: parameter.requires_grad, model.parameters())
     optimizer = torch.optim.AdamW(trainable, config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY)
-    steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
-    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
     best: dict[str, float] = {"iou": -1.0}
-    for epoch in range(1, config.EPOCHS + 1):
+    if last:
+        model.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        best = last["best"]
+    steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
+    done = len(log.rows) * len(loaders["train"])
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps), last_epoch=done - 1)
+    for epoch in range(len(log.rows) + 1, config.EPOCHS + 1):
         # An epoch's order, crops and colours follow from the seed and its number alone.
         torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
         metrics, learning_rate = ThresholdMetrics(), scheduler.get_last_lr()[0]
@@ -200,14 +216,19 @@ def fit(model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespa
         val = run_pass(model, loaders["val"], config, metrics, name="validation")
         is_best = val["iou"] > best["iou"]
         model.threshold = metrics.best_threshold()
+        row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": learning_rate}
+        device = next(model.parameters()).device
+        if device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        picture = log.folder / "predictions" / f"epoch_{epoch:03}.png"
+        plot_predictions(model, loaders["val"].dataset, device, num_samples=4, path=picture)
+        log.epoch(row, picture)
         checkpoint = model.checkpoint() | {"epoch": epoch, "scores": val}
         if is_best:
             best = val
             save(checkpoint, log.folder / "best.pt")
-        checkpoint |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "best": best}
-        save(checkpoint, log.folder / "last.pt")
-        row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": learning_rate}
-        log.epoch(epoch, row, model, loaders["val"].dataset)
+        save(checkpoint | {"optimizer": optimizer.state_dict(), "best": best, "rows": log.rows}, log.folder / "last.pt")
+        log.send()
         print(
             f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
             f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {train['pairs_per_second']:.1f} pairs/s"
@@ -224,16 +245,21 @@ def run_pass(
     """One pass over a loader: training where an optimizer is given, evaluation otherwise.
 
     Returns:
-        `loss`, the mean over the pairs, what `metrics` computes, and `pairs_per_second`; one host sync.
+        `loss`, the mean over the pairs, what `metrics` computes, and `pairs_per_second`.
+
+    Raises:
+        FloatingPointError: the loss isn't finite; in training the weights are still those before this step.
     """
     training, device = optimizer is not None, next(model.parameters()).device
     model.train(training)
     criterion, pairs, start = CombinedIoULoss(config.ALPHA), 0, time.perf_counter()
     loss_sum = torch.zeros((), device=device)
-    shown = torch.zeros((), pin_memory=device.type == "cuda")  # the last loss that came in, read without waiting
+    on_host = torch.zeros((), pin_memory=device.type == "cuda")  # the last loss that came in
+    arrived = torch.cuda.Event() if device.type == "cuda" else None
     bar = tqdm(total=len(loader.dataset), desc=name, unit="pair", leave=False, disable=None)
     with torch.set_grad_enabled(training), bar:
-        for batch in loader:
+        for step, batch in enumerate(loader):
+            interrupt.in_step = True
             image_a, image_b, label = (tensor.to(device, non_blocking=True) for tensor in batch)
             if training:
                 strengths = config.BRIGHTNESS, config.CONTRAST, config.SATURATION, config.HUE
@@ -241,20 +267,32 @@ def run_pass(
             with torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and device.type == "cuda"):
                 logits = model(image_a, image_b)
             loss = criterion(logits, label)
+            on_host.copy_(loss.detach(), non_blocking=True)
+            if arrived:
+                arrived.record()
             if training:
                 optimizer.zero_grad()
                 loss.backward()
+                if arrived:
+                    arrived.synchronize()  # waits for the forward pass alone; the GPU has the backward pass to do
+                if not on_host.isfinite():
+                    files = loader.dataset.files(loader.sampler.drawn[step * len(label) :][: len(label)])
+                    raise FloatingPointError(f"{name}, step {step + 1}: the loss is {on_host}; the batch: {files}")
                 if config.CLIP_NORM:
                     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.CLIP_NORM)
                 optimizer.step()
                 scheduler.step()
             metrics.update(logits.detach(), label)
             loss_sum += loss.detach() * len(label)
-            shown.copy_(loss.detach(), non_blocking=True)
             pairs += len(label)
-            bar.set_postfix(loss=f"{shown.item():.4f}", refresh=False)
+            bar.set_postfix(loss=f"{on_host.item():.4f}", refresh=False)
             bar.update(len(label))
+            interrupt.in_step = False
+            if interrupt.signal:
+                sys.exit(128 + interrupt.signal)
     scores = {"loss": loss_sum.item() / pairs, **metrics.compute()}  # waits for the device, before the clock is read
+    if not math.isfinite(scores["loss"]):
+        raise FloatingPointError(f"{name}: the loss is {scores['loss']}")
     return scores | {"pairs_per_second": pairs / (time.perf_counter() - start)}
 
 
@@ -280,8 +318,21 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
             table[f"{protocol}, above {threshold:.3f}"] = row = metrics.compute(threshold)
             scores |= {f"{prefix}{tuned}{name}": value for name, value in row.items()}
     print(f"{split} split; {model.threshold:.3f} was the best threshold on validation\n{as_table(table)}", flush=True)
-    log.evaluation(prefixed(split, scores), sorted(rows, key=lambda row: row["iou"]), crops.curve(), model, images)
-    return prefixed(split, scores)
+    scores = prefixed(split, scores)
+    log.scores(scores)
+    with written_whole(log.folder / f"{split}_metrics.json") as file:
+        file.write(json.dumps(scores, indent=2) + "\n")
+    rows.sort(key=lambda row: row["iou"])
+    order = [row.pop("index") for row in rows]
+    with written_whole(log.folder / "per_image.csv") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    title, device = f"{split} split, crops of {PROTOCOL_CROP}", next(model.parameters()).device
+    plot_precision_recall(crops.curve(), (0.5, model.threshold), title, log.folder / "precision_recall.png")
+    plot_predictions(model, images, device, path=log.folder / "worst.png", items=order[:10])
+    plot_predictions(model, images, device, path=log.folder / "best.png", items=order[:-11:-1])
+    return scores
 
 
 def warmup_cosine(step: int, warmup: float, steps: int) -> float:
@@ -292,95 +343,21 @@ def warmup_cosine(step: int, warmup: float, steps: int) -> float:
 
 
 def save(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint whole or not at all: beside its place first, then renamed into it."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Write a checkpoint; in memory first, since torch turns an error of the disk into one of its own."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with written_whole(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
-class RunLog:
-    """A run's folder, TensorBoard log and MLflow run; as a context it tells MLflow how the run ended."""
-
-    def __init__(self, config: SimpleNamespace, demo: bool, device: torch.device, loaders: Iterable[DataLoader]):
-        self.folder = Path("runs", config.RUN_NAME or datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-        self.folder.mkdir(parents=True)
-        self.device = device
-        modules, code = (torch, torchvision, np, matplotlib, mlflow), Path(__file__).parent
-        commit = f"git -C '{code}' describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown"
-        self.record = {
-            "constants": vars(config),
-            "demo": demo,
-            "data": {loader.dataset.folder.name: loader.dataset.fingerprint() for loader in loaders},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "git": subprocess.getoutput(commit),
-            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in modules}},
-        }
-        (self.folder / "constants.json").write_text(json.dumps(self.record, indent=2) + "\n")
-        sizes = ", ".join(f"{len(loader.dataset)} {loader.dataset.folder.name}" for loader in loaders)
-        print(f"{self.folder}: {sizes} items of {config.DATA_DIR} on {self.record['device']}", flush=True)
-
-    def __enter__(self) -> RunLog:
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
-        mlflow.set_experiment("LEVIRCD-FusionUNet")
-        mlflow.start_run(run_name=self.folder.name)
-        mlflow.set_tags({"demo": self.record["demo"], "git": self.record["git"]})
-        mlflow.log_params(self.record["constants"])
-        self.writer = SummaryWriter(self.folder)
-        self.writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
-        return self
-
-    def epoch(self, epoch: int, row: dict[str, float], model: FusionUNet, dataset: LEVIRCD) -> None:
-        """Log an epoch's numbers and draw the same few validation items."""
-        if self.device.type == "cuda":
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        with open(self.folder / "metrics.csv", "a", newline="") as file:
-            table = csv.DictWriter(file, ["epoch", *row])
-            if epoch == 1:
-                table.writeheader()
-            table.writerow({"epoch": epoch, **row})
-        for name, value in row.items():
-            self.writer.add_scalar(name.replace("train_", "train/").replace("val_", "val/"), value, epoch)
-        mlflow.log_metrics(row, step=epoch)
-        picture = self.folder / "predictions" / f"epoch_{epoch:03}.png"
-        figure = plot_predictions(model, dataset, self.device, num_samples=4, path=picture)
-        self.writer.add_figure("predictions", figure, epoch, close=False)
-        self.writer.flush()
-
-    def pictures(self, model: FusionUNet, dataset: LEVIRCD) -> None:
-        """Draw the curves and the best model's validation predictions."""
-        plot_curves(self.folder / "metrics.csv", self.folder / "curves.png")
-        picture = self.folder / "validation_predictions.png"
-        plot_predictions(model, dataset, self.device, path=picture)
-        Path("images").mkdir(exist_ok=True)
-        Path("images", picture.name).write_bytes(picture.read_bytes())
-
-    def evaluation(self, scores: dict, rows: list[dict], curve: dict, model: FusionUNet, images: LEVIRCD) -> None:
-        """Write the scores, those of each image from the worst to the best, and what the two ends look like."""
-        split = images.folder.name
-        (self.folder / f"{split}_metrics.json").write_text(json.dumps(scores, indent=2) + "\n")
-        order = [row.pop("index") for row in rows]
-        with open(self.folder / "per_image.csv", "w", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-        for name, value in scores.items():
-            self.writer.add_scalar(name.replace("_", "/", 1), value)
-        mlflow.log_metrics(scores)
-        picture, title = self.folder / "precision_recall.png", f"{split} split, crops of {PROTOCOL_CROP}"
-        plot_precision_recall(curve, (0.5, model.threshold), title, picture)
-        plot_predictions(model, images, self.device, path=self.folder / "worst.png", items=order[:10])
-        plot_predictions(model, images, self.device, path=self.folder / "best.png", items=order[:-11:-1])
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        self.writer.close()
-        for pattern in ("best.pt", "*.json", "*.csv", "*.png", "predictions"):
-            for file in self.folder.glob(pattern):
-                mlflow.log_artifact(str(file))
-        mlflow.end_run("FINISHED" if error is None else "FAILED" if issubclass(error, Exception) else "KILLED")
+def draw_best(model: FusionUNet, dataset: LEVIRCD, folder: Path) -> None:
+    """Draw a run's curves and what its best model predicts in validation."""
+    plot_curves(folder / "metrics.csv", folder / "curves.png")
+    picture = folder / "validation_predictions.png"
+    plot_predictions(model, dataset, next(model.parameters()).device, path=picture)
+    Path("images").mkdir(exist_ok=True)
+    with written_whole(Path("images", picture.name), "wb") as file:
+        file.write(picture.read_bytes())
 
 
 def prefixed(split: str, scores: dict[str, float]) -> dict[str, float]:
@@ -388,12 +365,29 @@ def prefixed(split: str, scores: dict[str, float]) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in scores.items()}
 
 
+interrupt = SimpleNamespace(signal=0, in_step=False)
+
+
+def take_signal(number: int, _: object) -> None:
+    """SIGINT and SIGTERM end the process with 128 + their number, after the step at hand; a second one at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+    interrupt.signal = number
+    if not interrupt.in_step:
+        sys.exit(128 + number)
+
+
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, take_signal)
     try:
         main(**parse(sys.argv[1:], typing.get_type_hints(sys.modules[__name__])))
-    except (OptionError, DataError, ModelError) as error:
-        sys.exit(f"error: {str(error).splitlines()[-1]}")  # the last line is the message, from a worker too
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory ran out: lower BATCH_SIZE or CROP_SIZE")
+    except (OptionError, DataError, ModelError, FloatingPointError, OSError) as error:
+        message = str(error).splitlines()[-1]  # of several, if it comes from a worker; there it has the error's name
+        sys.exit(f"error: {re.sub(r'^[a-zA-Z.]+Error: ', '', message)}")
+    except torch.OutOfMemoryError as error:  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
+        sys.exit(f"error: {str(error).partition(' Of the allocated')[0]} Lower BATCH_SIZE or CROP_SIZE")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: a process that loads data died, perhaps for want of memory: lower NUM_WORKERS ({error})")

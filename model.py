@@ -5,22 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import re
+import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import DataError, read_rgb
+from data.images import DataError, ImageLike, as_tensor
 
 FUSED_CHANNELS = (32, 64, 128, 192, 256)  # width of the decoder at strides 2, 4, 8, 16 and 32
 STRIDE = 32  # pixels, of the coarsest features
 OVERLAP = 256  # pixels that neighbouring tiles of a large image share
-ImageLike = Tensor | np.ndarray | str | os.PathLike
+CHECKPOINTS = "give the best.pt or last.pt of a run"
 
 
 class ModelError(RuntimeError):
@@ -170,7 +169,7 @@ class FusionUNet(nn.Module):
         Raises:
             DataError: an image that can't be read or is of another kind or size, or a tile size that doesn't fit.
         """
-        image_a, image_b = _as_tensor(image_a), _as_tensor(image_b)
+        image_a, image_b = as_tensor(image_a), as_tensor(image_b)
         kinds = [f"{image.dtype} {tuple(image.shape)}" for image in (image_a, image_b)]
         if kinds[0] != kinds[1]:
             raise DataError(f"a pair of two kinds or sizes, {' and '.join(kinds)}: give two images of one")
@@ -213,18 +212,14 @@ class FusionUNet(nn.Module):
         Raises:
             ModelError: no such file, not a checkpoint, or one of another model.
         """
-        if not Path(path).is_file():
-            raise ModelError(f"{path}: no such checkpoint")
+        checkpoint = read_checkpoint(path)
         try:
-            checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
-            model = cls(weights=None, **checkpoint["model_args"])
-            model.load_state_dict(checkpoint["model"])
+            with torch.device("meta"):  # no weights are drawn that the checkpoint's replace at once
+                model = cls(weights=None, **checkpoint["model_args"])
+            model.load_state_dict(checkpoint["model"], assign=True)
             model.threshold = float(checkpoint.get("threshold", 0.5))
-        except Exception as error:  # torch.load has no error of its own: a broken file raises what its reader meets
-            raise ModelError(
-                f"{path}: not a FusionUNet checkpoint, or a damaged one ({type(error).__name__}); "
-                "give the best.pt or last.pt of a run"
-            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ModelError(f"{path}: of another model ({type(error).__name__}); {CHECKPOINTS}") from error
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device, memory_format=torch.channels_last).eval()
 
@@ -237,15 +232,17 @@ class FusionUNet(nn.Module):
         return [self.stem, self.layer1, self.layer2, self.layer3, self.layer4]
 
 
-def _as_tensor(image: ImageLike) -> Tensor:
-    if isinstance(image, str | os.PathLike):
-        image = read_rgb(Path(image))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
-        image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
-    kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
-    if not torch.is_tensor(image) or not re.match(r"torch\.(uint8|float\d*) \(3, \d+, \d+\)", kind):
-        raise DataError(f"an image is a file, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W), not {kind}")
-    return image if image.dtype == torch.uint8 else image.float()
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """What `torch.save` wrote, its checksums tested, which torch leaves out; ModelError where it is damaged."""
+    if not Path(path).is_file():
+        raise ModelError(f"{path}: no such checkpoint; {CHECKPOINTS}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load has no error of its own: a broken file raises what its reader meets
+        raise ModelError(f"{path}: no checkpoint, or a damaged one ({type(error).__name__}); {CHECKPOINTS}") from error
 
 
 def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
@@ -290,7 +287,7 @@ def _untrained_resnet50() -> torchvision.models.ResNet:
     resnet = torchvision.models.resnet50()
     norms = [module for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the statistics of the one batch, not a share of them
+        norm.momentum = 1.0  # the statistics of the one batch, not a share of them
     octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
     with torch.no_grad():
         resnet.train()(sum(octaves))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -22,14 +23,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from data.georeference import Place, common_place, world_file
-from dataset import DataError, check_headers, find_pairs, read_rgb
+from data.images import DataError, check_headers, find_pairs, read_rgb
 from model import FusionUNet, ModelError
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
 OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442"}
 COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
-CELL = 1.9  # inches, a side
-DPI = 75  # 855 pixels across, what a README shows
+CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across, what a README shows
 FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
 
@@ -49,10 +49,8 @@ def plot_predictions(
 ) -> Figure:
     """Draw a row for each of a few pairs: before, after, truth, prediction at 0.5, where the two differ, probability.
 
-    The model's mode and device are left as they were.
-
     Args:
-        model: the detector.
+        model: the detector; its mode and its device are left as they were.
         dataset: gives (uint8 (3, H, W), uint8 (3, H, W), uint8 (1, H, W) in {0, 1}) at an index.
         device: where to predict.
         num_samples: rows, spread evenly over the data set; all of it where it holds fewer.
@@ -73,26 +71,28 @@ def plot_predictions(
     if not items:
         raise ValueError(f"nothing to draw: {num_samples} samples of a data set of {len(dataset)}")
     size = CELL * len(COLUMNS), CELL * len(items) + 0.6
-    figure, grid = plt.subplots(len(items), len(COLUMNS), figsize=size, squeeze=False, layout="constrained")
+    figure, axis = plt.subplots(figsize=size, layout="constrained")  # one for all: each costs as much as ten images
     plt.close(figure)
     home = next(model.parameters()).device
     model.to(device)
     try:
-        for axes, index in zip(grid, items, strict=True):
+        for row, index in enumerate(items):
             image_a, image_b, label = dataset[index]
-            _draw_row(axes, image_a, image_b, label[0].numpy() > 0, model.predict(image_a, image_b).numpy())
-            axes[0].set_ylabel(dataset.name(index) if hasattr(dataset, "name") else f"{index}")
+            _draw_row(axis, row, image_a, image_b, label[0].numpy() > 0, model.predict(image_a, image_b).numpy())
     finally:
         model.to(home)
-    for axis, title in zip(grid[0], COLUMNS, strict=True):
-        axis.set_title(title)
+    names = [dataset.name(index) if hasattr(dataset, "name") else index for index in items]
+    axis.set(xlim=(0, len(COLUMNS)), ylim=(len(items), 0), frame_on=False)
+    axis.set_xticks(np.arange(len(COLUMNS)) + 0.5, COLUMNS, fontsize=FONT["axes.titlesize"])
+    axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center")
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
     handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in OUTCOMES.items()]
     figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False)
     return _saved(figure, path)
 
 
 def _draw_row(
-    axes: np.ndarray, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
+    axis: Axes, row: int, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
 ) -> None:
     prediction = probability > 0.5
     union, hits = (truth | prediction).sum(), (truth & prediction).sum()
@@ -103,12 +103,13 @@ def _draw_row(
     for colour, where in zip(OUTCOMES.values(), outcomes, strict=True):
         errors[where] = to_rgb(colour)
     before, after = (image.permute(1, 2, 0).numpy()[every] for image in (image_a, image_b))
-    for axis, picture in zip(axes, (before, after, truth, prediction, errors, probability), strict=True):
+    height, width = 0.44 * np.array(truth.shape) / max(truth.shape)  # from the middle of the square
+    for x, picture in enumerate((before, after, truth, prediction, errors, probability)):
+        extent = (x + 0.5 - width, x + 0.5 + width, row + 0.5 + height, row + 0.5 - height)
         colours = "cividis" if picture is probability else "gray"
-        axis.imshow(picture, cmap=colours, vmin=0, vmax=1, interpolation="antialiased")
-        axis.set_xticks([])
-        axis.set_yticks([])
-    axes[-2].set_xlabel(f"IoU {hits / union:.2f}" if union else "no change, none found")
+        axis.imshow(picture, cmap=colours, vmin=0, vmax=1, interpolation="antialiased", extent=extent)
+    score = f"IoU {hits / union:.2f}" if union else "no change, none found"
+    axis.text(COLUMNS.index("errors") + 0.5, row + 0.51 + height, score, va="top", ha="center", fontsize=9)
 
 
 @plt.rc_context(FONT)

@@ -15,9 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dataset import LEVIRCD, color_jitter
+from dataset import LEVIRCD, RandomDraws, color_jitter
 from losses import CombinedIoULoss
-from main import RandomDraws
 from model import FusionUNet
 
 SIZE = 256  # pixels, a side of a crop

@@ -4,10 +4,7 @@ import csv
 import json
 import math
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 import typing
 from pathlib import Path
@@ -16,7 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import random_pair, write_pair
+from conftest import random_pair, start_main, write_pair
 from scipy.special import logit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,20 +25,8 @@ from metrics import ThresholdMetrics
 from model import FusionUNet
 
 MAIN = Path(main.__file__)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 QUICK = {"WEIGHTS": None, "CROP_SIZE": 32, "BATCH_SIZE": 4, "EPOCHS": 2, "DEVICE": "cpu", "RUN_NAME": "run"}
-
-
-@pytest.fixture(scope="session")
-def tracking_uri(tmp_path_factory) -> str:
-    """One MLflow database for all tests: making one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, tracking_uri):
-    """Runs write below the working folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
 
 
 def logged_run(folder: str) -> mlflow.entities.Run:
@@ -59,10 +44,6 @@ def parse(arguments: list[str]) -> dict[str, object]:
     return main.parse(arguments, typing.get_type_hints(main))
 
 
-def python_main(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, MAIN, *arguments], capture_output=True, text=True, timeout=300)
-
-
 def test_a_whole_run(tiny, capsys):
     constants = QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 4, "LEARNING_RATE": 3e-3, "WARMUP_EPOCHS": 0.0}
     scores = main.main(**constants)
@@ -70,7 +51,7 @@ def test_a_whole_run(tiny, capsys):
     assert {path.name for path in run.iterdir() if "events" not in path.name} == {
         "best.pt", "last.pt", "constants.json", "metrics.csv", "curves.png", "predictions",
         "validation_predictions.png", "test_metrics.json", "per_image.csv", "precision_recall.png", "worst.png",
-        "best.png",
+        "best.png", ".lock",
     }  # fmt: skip
     assert {path.name for path in (run / "predictions").iterdir()} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
     assert Path("images/validation_predictions.png").exists()
@@ -101,7 +82,13 @@ def test_a_whole_run(tiny, capsys):
         (i, float(rows[i - 1]["val_iou"])) for i in (1, 2, 3, 4)
     ]
     artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(logged.info.run_id)}
-    assert artifacts == {path.name for path in run.iterdir() if "events" not in path.name} - {"last.pt"}
+    assert artifacts == {path.name for path in run.iterdir() if "events" not in path.name} - {"last.pt", ".lock"}
+
+    # What is frozen is as it was, its statistics too.
+    torch.manual_seed(main.SEED)
+    untrained, trained = FusionUNet(weights=None).state_dict(), torch.load(run / "last.pt", weights_only=True)["model"]
+    frozen = [name for name in untrained if name.split(".")[0] in ("stem", "layer1", "layer2", "layer3", "layer4")]
+    assert all(torch.equal(trained[name], untrained[name]) for name in frozen) and len(frozen) == 318
 
     # The saved model is the one that was scored, and it is scored the same again.
     again = main.main(EVALUATE=str(run / "best.pt"), **constants | {"RUN_NAME": "again"})
@@ -144,20 +131,6 @@ def test_scores_of_a_split(tmp_path):
     assert json.loads(Path("runs/run/val_metrics.json").read_text()) == scores
 
 
-def test_one_seed_one_result_with_any_workers_and_the_backbone_stays(tiny):
-    shutil.rmtree(tiny / "test")  # no scores are asked for
-    finals = []
-    for workers in (0, 2):
-        main.main(DATA_DIR=str(tiny), **QUICK | {"RUN_NAME": f"{workers}", "SEED": 5, "NUM_WORKERS": workers})
-        finals.append(torch.load(f"runs/{workers}/last.pt", weights_only=True)["model"])
-    first, second = finals
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    torch.manual_seed(5)
-    for name, value in FusionUNet(weights=None).state_dict().items():
-        if name.split(".")[0] in ("stem", "layer1", "layer2", "layer3", "layer4"):
-            assert torch.equal(first[name], value), name
-
-
 def test_a_checkpoint_is_scored_where_there_is_nothing_to_train_on(tiny):
     Path("data").mkdir()
     (tiny / "test").rename("data/test")
@@ -192,26 +165,16 @@ def test_failed_and_killed_runs_are_told_so(tiny, monkeypatch, error, status):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_without_a_traceback(tiny, number, code, monkeypatch, tmp_path):
-    if number == signal.SIGINT:
-        monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow writes a database here where no server is named
-    constants = QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny, "NUM_WORKERS": 1}
-    arguments = [f"{name}={value}" for name, value in constants.items()]
-    run = subprocess.Popen(
-        [sys.executable, MAIN, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 300
-        while not Path("runs/run/last.pt").exists():
-            assert time.monotonic() < deadline and run.poll() is None
-            time.sleep(0.1)
-        os.killpg(run.pid, number)  # as Ctrl-C and job managers do: the workers get it too
-        errors = run.communicate(timeout=60)[1]
-    finally:
-        run.kill()
-    assert run.returncode == code and "Traceback" not in errors
+def test_signals_end_it_without_a_traceback(tiny, number, code):
+    run = start_main(**QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny, "NUM_WORKERS": 1})
+    while run.is_alive() and not Path("runs/run/last.pt").exists():
+        time.sleep(0.1)
+    os.killpg(run.pid, number)  # as Ctrl-C and job managers do: the workers get it too
+    run.join()
+    said = Path("output.txt").read_text()
+    assert run.exitcode == code and "Traceback" not in said
+    assert "the run can go on: python main.py RESUME=runs/run" in said
     FusionUNet.load("runs/run/best.pt", "cpu")
-    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db"))
     assert logged_run("run").info.status == "KILLED"
 
 
@@ -222,8 +185,8 @@ def test_command_line_values_get_their_types():
     assert parse("EPOCHS=3 LEARNING_RATE=1e-4 WEIGHTS=None RUN_NAME=12 AMP=False".split()) == {
         "EPOCHS": 3, "LEARNING_RATE": 1e-4, "WEIGHTS": None, "RUN_NAME": "12", "AMP": False,
     }  # fmt: skip
-    config, demo = main.configure({"DATA_DIR": "x", "WARMUP_EPOCHS": 2, "EPOCHS": 7})
-    assert (config.WARMUP_EPOCHS, config.EPOCHS, config.SEED, demo) == (2.0, 7, main.SEED, False)
+    config, began = main.configure({"DATA_DIR": "x", "WARMUP_EPOCHS": 2, "EPOCHS": 7})
+    assert (config.WARMUP_EPOCHS, config.EPOCHS, config.SEED, began) == (2.0, 7, main.SEED, {"demo": False})
 
 
 @pytest.mark.parametrize(
@@ -248,10 +211,11 @@ def test_a_wrong_constant_is_one_line(tiny, argument):
 def test_a_file_that_breaks_in_a_worker_ends_in_one_line(tiny):
     file = tiny / "train" / "B" / "pair_0.png"
     file.write_bytes(file.read_bytes()[:3000])
-    quick = QUICK | {"DATA_DIR": tiny, "CACHE_DIR": None, "NUM_WORKERS": 1}
-    done = python_main(*(f"{name}={value}" for name, value in quick.items()))
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert str(file) in done.stderr.splitlines()[-1]
+    run = start_main(**QUICK | {"DATA_DIR": tiny, "CACHE_DIR": None, "NUM_WORKERS": 1})
+    run.join()
+    said = Path("output.txt").read_text()
+    assert run.exitcode == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith(f"error: {file}: ")
 
 
 def test_learning_rate_rises_then_falls():
@@ -267,8 +231,10 @@ def test_learning_rate_rises_then_falls():
 
 
 def test_real_pairs_run(real, tmp_path):
-    (tmp_path / "real").mkdir()
-    for split in ("train", "val"):  # the test split's eight crops: quick, and no score is asked for
-        (tmp_path / "real" / split).symlink_to(real / "test")
+    for split in ("train", "val"):  # two crops of the test split: quick, and no score is asked for
+        for file in [path for name in ("A", "B", "label") for path in sorted((real / "test" / name).iterdir())[:2]]:
+            link = tmp_path / "real" / split / file.parent.name / file.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
     scores = main.main(DATA_DIR=str(tmp_path / "real"), **QUICK | {"CROP_SIZE": 256, "EPOCHS": 1})
     assert 0 <= scores["val_iou"] <= 1 and scores["val_loss"] < 2

@@ -1,0 +1,127 @@
+"""Images from files to arrays: pairing by name, decoding, and every complaint about what can't be read."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+ImageLike = Tensor | np.ndarray | str | os.PathLike
+MAX_PIXELS = 400_000_000  # an image may hold, 20,000 × 20,000: a small file of a stranger may unpack to more
+
+
+class DataError(ValueError):
+    """Input that can't be used; the message says what is wrong, in which file, and what to do."""
+
+
+def find_pairs(*folders: Path) -> list[tuple[Path, ...]]:
+    """The files of several folders that share a stem, in the order of their stems; DataError where one is missing."""
+    found: list[dict[str, Path]] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; a split holds A, B and label (see data/README.md)")
+        files: dict[str, Path] = {}
+        for entry in os.scandir(folder):
+            path = Path(entry.path)
+            if path.suffix.lower() not in SUFFIXES or entry.name.startswith(".") or not entry.is_file():
+                continue
+            if path.stem in files:
+                raise DataError(f"{path}: a second file beside {files[path.stem].name} for one pair; remove one")
+            files[path.stem] = path
+        found.append(files)
+    stems = sorted(set().union(*found))
+    if not stems:
+        raise DataError(f"{' and '.join(map(str, folders))}: no images ({', '.join(sorted(SUFFIXES))})")
+    for stem in stems:
+        for folder, files in zip(folders, found, strict=True):
+            if stem not in files:
+                there = next(other[stem] for other in found if stem in other)
+                raise DataError(f"{there}: no file of that name in {folder}; add it or remove this one")
+    return [tuple(files[stem] for files in found) for stem in stems]
+
+
+def _open(path: Path, mask: bool = False) -> Image.Image:
+    """The image with its header read and its kind checked, its pixels not decoded yet."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow itself refuses
+    try:
+        image = Image.open(path)
+    except Exception as error:  # what Pillow's readers meet in a broken file, they raise
+        raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{path}: {image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; cut it")
+    raw_mode = image.tile[0].args if image.tile else ""
+    raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
+    if ";16" in raw_mode or image.mode[0] in "IF":  # Pillow drops the low byte of 16-bit colour in silence
+        raise DataError(f"{path}: more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB")
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        raise DataError(f"{path}: colour mode {image.mode}; convert it to 8-bit RGB")
+    if image.mode in ("1", "L", "LA") and not mask:
+        raise DataError(f"{path}: one band, grey; an image needs three, red, green and blue")
+    return image
+
+
+def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
+    """The height and width that two images, and the mask if there is a third file, share; DataError if they don't."""
+    sizes = []
+    for index, path in enumerate(paths):
+        with _open(path, mask=index == 2) as image:
+            sizes.append(image.size[::-1])
+    for path, size in zip(paths[1:], sizes[1:], strict=True):
+        if size != sizes[0]:
+            raise DataError(f"{path}: {by(size)} pixels, but {paths[0]} has {by(sizes[0])}; a pair needs one size")
+    return sizes[0]
+
+
+def read_rgb(path: Path, mask: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3) of an 8-bit image without transparency; of a grey one only if it is a mask.
+
+    Raises:
+        DataError: not such an image, damaged, or larger than `MAX_PIXELS`.
+    """
+    with _open(path, mask) as image:
+        try:
+            if image.has_transparency_data:
+                if image.convert("RGBA").getextrema()[3][0] < 255:
+                    raise DataError(f"{path}: partly transparent; flatten it to RGB (or keep bands 1 to 3 alone)")
+            return np.array(image.convert("RGB"))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """uint8 (H, W) in {0, 1} of a mask in {0, 1} or {0, 255}, in any mode that shows it."""
+    rgb = read_rgb(path, mask=True)
+    mask = rgb[..., 0]
+    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    if not (np.isin(values, (0, 255)).all() or np.isin(values, (0, 1)).all()) or (rgb != mask[..., None]).any():
+        with _open(path, mask=True) as image:  # a palette may show the classes 0 and 1 in any two colours
+            mask = np.asarray(image) if image.mode == "P" else mask
+        if mask.max() > 1:
+            shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
+            raise DataError(f"{path}: a mask holds 0 and 255 (or 0 and 1) alone, this one {shown}; save it as PNG")
+    return (mask > 0).astype(np.uint8)
+
+
+def as_tensor(image: ImageLike) -> Tensor:
+    """(3, H, W), uint8 or float, of an image however it is given; DataError where it is something else."""
+    if isinstance(image, str | os.PathLike):
+        image = read_rgb(Path(image))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
+    kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+    if not torch.is_tensor(image) or not re.match(r"torch\.(uint8|float\d*) \(3, \d+, \d+\)", kind):
+        raise DataError(f"an image is a file, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W), not {kind}")
+    return image if image.dtype == torch.uint8 else image.float()
+
+
+def by(size: tuple[int, int]) -> str:
+    """Height and width as people write them."""
+    return f"{size[1]} × {size[0]}"

@@ -1,0 +1,237 @@
+"""data/runs.py and what main does with it: runs that are killed, resumed, or meet a full disk or a lost server."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from conftest import write_tiny
+from kill_and_resume import kill_and_resume, wrong_steps
+
+import main
+from data.images import DataError
+from data.runs import RunLog, written_whole
+from dataset import LEVIRCD
+from metrics import ChangeMetrics
+from model import FusionUNet, ModelError
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+QUICK = {"WEIGHTS": None, "CROP_SIZE": 32, "BATCH_SIZE": 4, "EPOCHS": 2, "DEVICE": "cpu", "RUN_NAME": "run"}
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory, tracking_uri) -> Path:
+    """A folder with a run of one epoch, runs/run, on the pairs in tiny."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_tiny(folder / "tiny")
+    shutil.rmtree(folder / "tiny" / "test")  # no scores are asked for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+        main.main(**QUICK | {"DATA_DIR": "tiny", "EPOCHS": 1})
+    return folder
+
+
+@pytest.fixture
+def trained(one_epoch) -> None:
+    """A copy of that folder's content here, which MLflow takes for a run of its own."""
+    shutil.copytree(one_epoch, ".", dirs_exist_ok=True)
+    record = Path("runs/run/constants.json")
+    record.write_text(record.read_text().replace(json.loads(record.read_text())["id"], uuid.uuid4().hex))
+
+
+def test_killed_runs_and_two_at_once_end_in_the_same_bits(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert kill_and_resume(2, seed=1, EPOCHS=2) == []
+
+
+def test_a_run_goes_on_with_more_epochs(trained, capsys):
+    """As one that had them from the start, but for the learning rate, whose fall is stretched."""
+    first = Path("runs/run/metrics.csv").read_text()
+    main.main(RESUME="runs/run", EPOCHS=3, NUM_WORKERS=0)
+    assert "epoch 1/" not in capsys.readouterr().out.partition("runs/run:")[2]
+    rows = Path("runs/run/metrics.csv").read_text()
+    assert rows.startswith(first) and [row.split(",")[0] for row in rows.splitlines()] == ["epoch", "1", "2", "3"]
+    main.main(RESUME="runs/run")  # with those three epochs: nothing is left to do
+    assert Path("runs/run/metrics.csv").read_text() == rows and wrong_steps("run") == []
+    for change in ({"EPOCHS": 2}, {"LEARNING_RATE": 1.0}, {"SEED": 1}, {"EVALUATE": "runs/run/best.pt"}):
+        with pytest.raises(main.OptionError, match=f"{next(iter(change))}=.*the run began with"):
+            main.main(RESUME="runs/run", **change)
+
+
+def test_other_data_are_not_gone_on_with(trained):
+    for name in ("A", "B", "label"):
+        Path("tiny", "train", name, "pair_0.png").unlink()
+    with pytest.raises(DataError, match="tiny: not the files that runs/run began with"):
+        main.main(RESUME="runs/run")
+
+
+def test_a_damaged_checkpoint_is_told_with_what_is_left(trained):
+    last = Path("runs/run/last.pt")
+    held = bytearray(last.read_bytes())
+    held[len(held) // 2] ^= 1  # a bit of some weight, which torch itself would take
+    last.write_bytes(held)
+    with pytest.raises(
+        ModelError,
+        match=r"last\.pt: .*damaged.*without it RESUME begins .*, and .*best\.pt, of epoch 1, is whole",
+    ):
+        main.main(RESUME="runs/run")
+    with pytest.raises(ModelError, match="damaged"):
+        FusionUNet.load(last, "cpu")
+
+
+def test_one_process_at_a_time_is_at_a_run(trained):
+    with RunLog(Path("runs/run"), json.loads(Path("runs/run/constants.json").read_text()), [{"x": 1.0}]):
+        with pytest.raises(OSError, match="runs/run: another process is at this run"):
+            main.main(RESUME="runs/run", EPOCHS=2)
+
+
+# Faults
+
+
+def test_a_full_disk_leaves_the_good_checkpoint(trained):
+    """Played by a limit on the size of a file, which best.pt keeps and last.pt, with the optimizer in it, doesn't."""
+    last, best = Path("runs/run/last.pt"), Path("runs/run/best.pt")
+    held = last.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((best.stat().st_size + last.stat().st_size) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"runs/run/last\.pt: can't be written \(File too large\)"):
+            main.main(RESUME="runs/run", EPOCHS=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last.read_bytes() == held and not list(Path("runs/run").glob("*.part"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "x"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(file) as part:
+        part.write("new")
+        part.write(str(1 / 0))
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoiled(tiny):
+    config, _ = main.configure(QUICK | {"DATA_DIR": str(tiny)})
+    loader = main.make_loader(LEVIRCD(tiny, "train", 32, augment=True), 4, 0, on_gpu=False)
+    model = FusionUNet(weights=None)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with torch.no_grad():
+        model.head.bias.fill_(torch.nan)
+    weights = [parameter.clone() for parameter in model.up2.parameters()]
+    torch.manual_seed(7)
+    with pytest.raises(FloatingPointError, match="epoch 9, step 1: the loss is nan; the batch: ") as error:
+        main.run_pass(model, loader, config, ChangeMetrics(), optimizer, scheduler, "epoch 9")
+    assert all(torch.equal(old, new) for old, new in zip(weights, model.up2.parameters(), strict=True))
+    torch.manual_seed(7)
+    stems = {
+        loader.dataset.name(index).split()[0]
+        for index, _ in [*main.make_loader(loader.dataset, 4, 0, False).sampler][:4]
+    }
+    assert {Path(file).stem for file in str(error.value).partition("batch: ")[2].split(", ")} == stems
+    with pytest.raises(FloatingPointError, match="validation: the loss is nan"):
+        main.run_pass(model, loader, config, ChangeMetrics(), name="validation")
+
+
+def test_a_signal_lets_the_step_end(tiny, monkeypatch):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(main, "interrupt", main.SimpleNamespace(signal=0, in_step=True))
+    try:
+        main.take_signal(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the second one ends it at once
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    config, _ = main.configure(QUICK | {"DATA_DIR": str(tiny)})
+    loader, metrics = main.make_loader(LEVIRCD(tiny, "val", 32), 1, 0, on_gpu=False), ChangeMetrics()
+    with pytest.raises(SystemExit) as end:
+        main.run_pass(FusionUNet(weights=None), loader, config, metrics)
+    assert end.value.code == 143 and metrics._counts[3] == 32 * 32
+
+
+# MLflow
+
+
+class Server:
+    """`mlflow server` on loopback, one database and one port however often it is started."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    def start(self) -> None:
+        port = self.url.rpartition(":")[2]
+        command = ["mlflow", "server", "--workers=1", "--port", port, "--backend-store-uri", "sqlite:///server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with open(self.folder / "server.txt", "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 100
+        while True:
+            try:
+                return urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
+            except OSError:
+                assert time.monotonic() < deadline, (self.folder / "server.txt").read_text()
+                time.sleep(0.1)
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Started, but not up yet."""
+    server = Server(tmp_path)
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    yield server
+    server.signal(signal.SIGKILL)
+
+
+def test_a_server_that_comes_late_stalls_dies_and_comes_back(server, tiny, monkeypatch, capsys):
+    def die_and_start_again() -> None:
+        server.signal(signal.SIGKILL)
+        server.start()
+
+    def stall() -> None:
+        server.wait()
+        server.signal(signal.SIGSTOP)
+
+    after_epoch = {1: server.wait, 2: die_and_start_again, 3: stall, 5: lambda: server.signal(signal.SIGCONT)}
+    save = main.save
+
+    def save_and_disturb(checkpoint: dict, path: Path) -> None:
+        save(checkpoint, path)
+        if path.name == "last.pt":
+            after_epoch.get(checkpoint["epoch"], lambda: None)()
+
+    monkeypatch.setattr(main, "save", save_and_disturb)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    shutil.rmtree(tiny / "test")  # no scores are asked for
+    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 5})
+    said = capsys.readouterr().out
+    assert said.count("MLflow doesn't answer") == said.count("MLflow is back") > 1 and "lacks a part" not in said
+    assert wrong_steps("run") == []
+    client = mlflow.MlflowClient(server.url)
+    (run,) = client.search_runs([client.get_experiment_by_name("LEVIRCD-FusionUNet").experiment_id])
+    assert {"best.pt", "metrics.csv", "predictions"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
