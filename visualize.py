@@ -248,7 +248,7 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name, once it was seen to work."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
     except (RuntimeError, AssertionError) as error:

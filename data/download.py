@@ -53,6 +53,8 @@ def download(folder: str | os.PathLike, url: str = URL, md5: dict[str, str] = MD
                 f"{Path(folder, split)}.zip: its MD5 isn't {checksum}: cut short, or another file; "
                 "run this again to fetch it anew"
             ) from error
+        except Exception as error:  # what zipfile meets in a broken archive
+            raise DownloadError(f"{Path(folder, split)}.zip: can't be unpacked ({error}); fetch it anew") from error
         os.replace(part, target)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -51,19 +51,36 @@ def _open(path: Path, mask: bool = False) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow itself refuses
     try:
         image = Image.open(path)
+        complaint = _complaint(image, mask)
     except Exception as error:  # what Pillow's readers meet in a broken file, they raise
         raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
+    if complaint:
+        image.close()
+        raise DataError(f"{path}: {complaint}")
+    return image
+
+
+def _complaint(image: Image.Image, mask: bool) -> str | None:
+    """Why an image is of no use, from its header."""
     if image.width * image.height > MAX_PIXELS:
-        raise DataError(f"{path}: {image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; cut it")
+        return f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; cut it"
+    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else it would decode the PNG
+    if exif.get(ExifTags.Base.Orientation, 1) != 1:  # viewers turn it, and so does who labels it
+        return "turned by its orientation tag; save it upright, without the tag"
+    if getattr(image, "n_frames", 1) > 1:
+        pages = [image.seek(page) or image.size for page in range(image.n_frames)]
+        image.seek(0)
+        if pages.count(pages[0]) > 1:  # else the others are its overviews
+            return f"{len(pages)} pages; save the one that is meant"
     raw_mode = image.tile[0].args if image.tile else ""
     raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
     if ";16" in raw_mode or image.mode[0] in "IF":  # Pillow drops the low byte of 16-bit colour in silence
-        raise DataError(f"{path}: more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB")
+        return f"more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB"
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
-        raise DataError(f"{path}: colour mode {image.mode}; convert it to 8-bit RGB")
+        return f"colour mode {image.mode}; convert it to 8-bit RGB"
     if image.mode in ("1", "L", "LA") and not mask:
-        raise DataError(f"{path}: one band, grey; an image needs three, red, green and blue")
-    return image
+        return "one band, grey; an image needs three, red, green and blue"
+    return None
 
 
 def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ def write_tiny(folder: Path) -> Path:
 def tiny(tmp_path: Path) -> Path:
     """Those splits, in a folder of the test's own."""
     return write_tiny(tmp_path / "tiny")
+
+
+def pytest_sessionstart() -> None:
+    """Let that process import while the tests do."""
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

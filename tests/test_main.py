@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from data.make_demo import make_demo
-from dataset import LEVIRCD, DataError
+from dataset import LEVIRCD
 from metrics import ThresholdMetrics
 from model import FusionUNet
 
@@ -151,17 +151,11 @@ def test_demo_where_there_is_no_data(capsys):
     assert logged_run("demo").data.tags["demo"] == "True"
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(ZeroDivisionError(), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(143), "KILLED")]
-)
-def test_failed_and_killed_runs_are_told_so(tiny, monkeypatch, error, status):
-    def stop(*_):
-        raise error
-
-    monkeypatch.setattr(main, "save", stop)
-    with pytest.raises(type(error)):
+def test_failed_runs_are_told_so(tiny, monkeypatch):
+    monkeypatch.setattr(main, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         main.main(DATA_DIR=str(tiny), **QUICK)
-    assert logged_run("run").info.status == status
+    assert logged_run("run").info.status == "FAILED"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -187,25 +181,6 @@ def test_command_line_values_get_their_types():
     }  # fmt: skip
     config, began = main.configure({"DATA_DIR": "x", "WARMUP_EPOCHS": 2, "EPOCHS": 7})
     assert (config.WARMUP_EPOCHS, config.EPOCHS, config.SEED, began) == (2.0, 7, main.SEED, {"demo": False})
-
-
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "EPOCH=3", "EPOCHS", "EPOCHS=0", "EPOCHS=-1", "EPOCHS=2.5", "EPOCHS=many", "EPOCHS=True", "EPOCHS=None",
-        "LEARNING_RATE=nan", "LEARNING_RATE=-1.0", "LEARNING_RATE=1e999", "AMP=1", "AMP=maybe", "DATA_DIR=None",
-        "HUE=0.6", "ALPHA=1.5", "CROP_SIZE=0", "DEVICE=tpu9", "RUN_NAME=../up", "RUN_NAME=taken", "WEIGHTS=V9",
-        "DATA_DIR=nowhere", "EVALUATE=nowhere.pt", "EVALUATE=", "SPLIT=val", "SPLIT=a/b", "--help",
-    ],
-)  # fmt: skip
-def test_a_wrong_constant_is_one_line(tiny, argument):
-    Path("runs/taken").mkdir(parents=True)
-    with pytest.raises((main.OptionError, DataError, main.ModelError)) as error:
-        main.main(**{"DATA_DIR": str(tiny)} | QUICK | parse([argument]))
-    message = str(error.value)
-    assert argument.partition("=")[0].lower() in message.lower() or "nowhere" in message
-    assert "\n" not in message
-    assert os.listdir("runs") == ["taken"]
 
 
 def test_a_file_that_breaks_in_a_worker_ends_in_one_line(tiny):
