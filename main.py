@@ -121,7 +121,7 @@ def main(**overrides: object) -> dict[str, float]:
             if "test" in loaders:
                 scores |= evaluate(best, loaders["test"], config, log)
         except BaseException as error:
-            if not isinstance(error, FloatingPointError):  # which would come again
+            if not isinstance(error, FloatingPointError | torch.OutOfMemoryError):  # which would come again
                 print(f"the run can go on: python main.py RESUME={folder}", flush=True)
             raise
     print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {folder}: best.pt, metrics.csv and more")

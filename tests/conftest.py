@@ -3,7 +3,12 @@
 import multiprocessing
 import os
 import runpy
+import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -49,6 +54,66 @@ def tiny(tmp_path: Path) -> Path:
 def pytest_sessionstart() -> None:
     """Let that process import while the tests do."""
     forkserver.ensure_running()
+
+
+class Server:
+    """`mlflow server` on loopback, started."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        port = self.url.rpartition(":")[2]
+        command = ["mlflow", "server", "--workers=1", "--port", port, "--backend-store-uri", "sqlite:///server.db"]
+        command += ["--no-serve-artifacts", "--default-artifact-root", str(self.folder / "artifacts")]
+        with open(self.folder / "server.txt", "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 100
+        while True:
+            try:
+                return urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
+            except OSError:
+                assert time.monotonic() < deadline, (self.folder / "server.txt").read_text()
+                time.sleep(0.1)
+
+    def signal(self, number: int) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A server that may not be up yet."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def killed_runs(tmp_path_factory):
+    """tests/kill_and_resume.py at work: the process, its output."""
+    output = tmp_path_factory.mktemp("killed") / "output.txt"
+    with open(output, "w") as file:
+        command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "2"]
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    yield process, output
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begin_what_takes_long(request):
+    """It goes on beside the other tests, if one that will be run asks for it."""
+    for name in ("killed_runs", "server"):
+        if any(name in item.fixturenames for item in request.session.items):
+            request.getfixturevalue(name)
 
 
 @pytest.fixture(scope="session")
