@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -383,7 +384,9 @@ if __name__ == "__main__":
     try:
         main(**parse(sys.argv[1:], typing.get_type_hints(sys.modules[__name__])))
     except (OptionError, DataError, ModelError, FloatingPointError, OSError) as error:
-        message = str(error).splitlines()[-1]  # of several, if it comes from a worker; there it has the error's name
+        full = getattr(error, "errno", None) == errno.ENOSPC  # then the message may name no file
+        message = "the disk of runs/ is full: free some of it, then go on" if full else str(error).splitlines()[-1]
+        # The last line of several, if it comes from a worker; there it has the error's name.
         sys.exit(f"error: {re.sub(r'^[a-zA-Z.]+Error: ', '', message)}")
     except torch.OutOfMemoryError as error:  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
         sys.exit(f"error: {str(error).partition(' Of the allocated')[0]} Lower BATCH_SIZE or CROP_SIZE")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -102,7 +103,7 @@ def kill_and_resume(kills: int, seed: int = 0, **constants: object) -> list[str]
                 left -= 1
                 bar.update()
                 if not known and not Path("runs", name, "constants.json").exists() and Path("runs", name).exists():
-                    Path("runs", name).rmdir()
+                    shutil.rmtree(Path("runs", name))
             wrong = [f"exit code {process.exitcode}"] * (process.exitcode != 0) or differences(name, "whole")
             tqdm.write(f"{name}: killed after {moments or 'no'} seconds, then {', '.join(wrong) or 'equal'}")
             found += wrong
