@@ -29,7 +29,7 @@ from model import FusionUNet, ModelError
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
 OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442"}
 COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
-CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across, what a README shows
+CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across
 FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
 
@@ -183,8 +183,7 @@ def write_masks(
         probability: write the probability too, 0..65535 for 0..1.
         threshold: probability above which a pixel counts as changed; None for the checkpoint's, best on validation.
         pixel_size: metres; None for a GeoTIFF's own.
-        tile_size: as in `FusionUNet.predict`.
-        tta: likewise.
+        tile_size, tta: as in `FusionUNet.predict`.
         device: as in `FusionUNet.load`.
 
     Raises:

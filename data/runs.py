@@ -110,6 +110,8 @@ class RunLog:
             self._lock.acquire()
         except filelock.Timeout as error:
             raise OSError(f"{self.folder}: another process is at this run; wait for its end") from error
+        for part in self.folder.glob("*.part"):  # left by a process that was killed
+            part.unlink()
         text = json.dumps(self.record, indent=2) + "\n"
         is_new = not (self.folder / "constants.json").exists()
         with written_whole(self.folder / "constants.json") as file:
@@ -168,7 +170,7 @@ class MLflowRun:
     """A run's twin in MLflow, brought up to date by a thread: a server that is slow or away delays and fails nothing.
 
     It asks what MLflow has and sends what is missing. So nothing is lost and nothing is there twice, however often
-    the server goes away or the run is resumed. `MLFLOW_TRACKING_URI` names the server; without, it is mlflow.db.
+    the server goes away or the run is resumed.
 
     Args:
         name: what MLflow calls the run.
@@ -200,7 +202,7 @@ class MLflowRun:
 
     def _send(self, steps: dict[int, dict[str, float]], status: str | None = None, files: Sequence[Path] = ()) -> None:
         try:
-            client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+            client = _mlflow_client()
             if self._run_id is None:
                 self._run_id = self._find_or_create(client).info.run_id
             has: dict[str, set[int]] = {}
@@ -223,7 +225,7 @@ class MLflowRun:
             self._is_away = True
         else:
             if self._is_away:
-                tqdm.write("MLflow is back and has all of this run")
+                tqdm.write("MLflow is back and has what it lacked")
             self._is_away = False
 
     def _find_or_create(self, client: MlflowClient) -> Run:
@@ -242,6 +244,23 @@ class MLflowRun:
         return run
 
 
+def _mlflow_client() -> MlflowClient:
+    """For the server that MLFLOW_TRACKING_URI names, or mlflow.db, a file that is made whole or not at all.
+
+    MLflow would leave half a database behind where two runs make one together, or one is killed while it does.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.exists():
+        with filelock.FileLock(f"{file}.lock"):
+            if not file.exists():
+                part = Path(f"{file}.part")
+                part.unlink(missing_ok=True)
+                MlflowClient(f"sqlite:///{part}")
+                os.replace(part, file)
+    return MlflowClient(uri)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file to write, which is at `path` once all of it is on the disk; after an error the old one is still there.
@@ -249,7 +268,7 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     Raises:
         OSError: it can't be written; the message names the file.
     """
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs draw into images/
     try:
         with open(part, mode, newline=None if "b" in mode else "") as file:
             yield file
