@@ -74,8 +74,8 @@ def plot_predictions(
     figure, axis = plt.subplots(figsize=size, layout="constrained")  # one for all: each costs as much as ten images
     plt.close(figure)
     home = next(model.parameters()).device
-    model.to(device)
     try:
+        model.to(device)
         for row, index in enumerate(items):
             image_a, image_b, label = dataset[index]
             _draw_row(axis, row, image_a, image_b, label[0].numpy() > 0, model.predict(image_a, image_b).numpy())
@@ -183,7 +183,8 @@ def write_masks(
         probability: write the probability too, 0..65535 for 0..1.
         threshold: probability above which a pixel counts as changed; None for the checkpoint's, best on validation.
         pixel_size: metres; None for a GeoTIFF's own.
-        tile_size, tta: as in `FusionUNet.predict`.
+        tile_size: as in `FusionUNet.predict`.
+        tta: likewise.
         device: as in `FusionUNet.load`.
 
     Raises:
@@ -283,8 +284,7 @@ def typed(name: str, value: object, hint: type) -> object:
 
 
 if __name__ == "__main__":
-    types = typing.get_type_hints(write_masks)
-    hints = {name.upper(): types[name] for name in write_masks.__kwdefaults__}
+    hints = {name.upper(): typing.get_type_hints(write_masks)[name] for name in write_masks.__kwdefaults__}
     options = [argument for argument in sys.argv[1:] if re.match("[A-Z_]+=", argument)]
     paths = [argument for argument in sys.argv[1:] if argument not in options]
     try:
