@@ -28,7 +28,7 @@ from data.runs import RunLog, describe, last_checkpoint, new_folder, written_who
 from dataset import LEVIRCD, DataError, color_jitter, make_loader
 from losses import CombinedIoULoss
 from metrics import ChangeMetrics, ThresholdMetrics, as_table
-from model import FusionUNet, ModelError
+from model import FusionUNet, ModelError, read_checkpoint
 from visualize import OptionError, parse, pick_device, plot_curves, plot_precision_recall, plot_predictions, typed
 
 # DATA
@@ -116,6 +116,7 @@ def main(**overrides: object) -> dict[str, float]:
     print(f"{folder}: {sizes} items of {config.DATA_DIR} on {record['device']}", flush=True)
     with RunLog(folder, record, last["rows"] if last else ()) as log:
         try:
+            log.send(timeout=10)
             scores = prefixed("val", fit(model, loaders, config, log, last))
             best = FusionUNet.load(folder / "best.pt", device)
             draw_best(best, loaders["val"].dataset, folder)
@@ -205,7 +206,7 @@ def fit(
     if last:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        best = last["best"]
+        best = read_checkpoint(log.folder / "best.pt")["scores"]
     steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
     done = len(log.rows) * len(loaders["train"])
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps), last_epoch=done - 1)
@@ -228,7 +229,7 @@ def fit(
         if is_best:
             best = val
             save(checkpoint, log.folder / "best.pt")
-        save(checkpoint | {"optimizer": optimizer.state_dict(), "best": best, "rows": log.rows}, log.folder / "last.pt")
+        save(checkpoint | {"optimizer": optimizer.state_dict(), "rows": log.rows}, log.folder / "last.pt")
         log.send()
         print(
             f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
@@ -385,9 +386,11 @@ if __name__ == "__main__":
         main(**parse(sys.argv[1:], typing.get_type_hints(sys.modules[__name__])))
     except (OptionError, DataError, ModelError, FloatingPointError, OSError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC  # then the message may name no file
-        message = "the disk of runs/ is full: free some of it, then go on" if full else str(error).splitlines()[-1]
+        message = "a disk is full: free some of it, then go on" if full else str(error).splitlines()[-1]
         # The last line of several, if it comes from a worker; there it has the error's name.
         sys.exit(f"error: {re.sub(r'^[a-zA-Z.]+Error: ', '', message)}")
+    except MemoryError:
+        sys.exit("error: the memory ran out: lower BATCH_SIZE or CROP_SIZE")
     except torch.OutOfMemoryError as error:  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
         sys.exit(f"error: {str(error).partition(' Of the allocated')[0]} Lower BATCH_SIZE or CROP_SIZE")
     except RuntimeError as error:

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -53,11 +54,19 @@ def make_demo(folder: str | Path, seed: int = 0, splits: dict[str, int] | None =
     """Write the demo's pairs as `folder/SPLIT/{A,B,label}/NAME.png`; the same seed draws the same pixels.
 
     Args:
-        folder: appears once it is whole; must not be there yet.
+        folder: appears once it is whole; is left as it is where it is there already.
         seed: of the whole set.
         splits: number of pairs by split; None for `SPLITS`.
     """
     splits, part = splits or SPLITS, Path(f"{folder}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):  # of two that begin together one draws
+        if not Path(folder).is_dir():
+            _draw_splits(part, seed, splits)
+            os.replace(part, folder)
+
+
+def _draw_splits(part: Path, seed: int, splits: dict[str, int]) -> None:
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was stopped
     with tqdm(total=sum(splits.values()), desc="drawing the demo", unit="pair", leave=False, disable=None) as bar:
         for number, (split, pairs) in enumerate(splits.items()):
@@ -68,7 +77,6 @@ def make_demo(folder: str | Path, seed: int = 0, splits: dict[str, int] | None =
                 for name, image in zip(("A", "B", "label"), images, strict=True):
                     Image.fromarray(image).save(part / split / name / f"demo_{index:03}.png", compress_level=1)
                 bar.update()
-    os.replace(part, folder)
 
 
 def draw_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -120,8 +120,8 @@ class RunLog:
         self._writer = SummaryWriter(self.folder, purge_step=len(self.rows) + 1)
         if is_new:
             self._writer.add_text("constants", f"```\n{text}```")
+            self._writer.flush()
         self._mlflow = MLflowRun(self.folder.name, self.record)
-        self.send(timeout=10)
         return self
 
     def send(self, timeout: float = 0) -> None:
@@ -142,14 +142,15 @@ class RunLog:
     def scores(self, scores: dict[str, float]) -> None:
         """Take in the scores that the run ends with, named `split_score`; their step follows the last epoch's."""
         step = len(self.rows) + 1
-        self._steps[step] = scores
+        self._steps = self._steps | {step: scores}  # not changed, as the thread may be at it
         for name, value in scores.items():
             self._writer.add_scalar(name.replace("_", "/", 1), value, step)
         self._writer.flush()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         status = "FINISHED" if error is None else "FAILED" if issubclass(error, Exception) else "KILLED"
-        patterns = ("best.pt", "*.json", "*.csv", "*.png", "predictions")
+        # Who kills a run doesn't wait for its files; RESUME sends them.
+        patterns = () if status == "KILLED" else ("best.pt", "*.json", "*.csv", "*.png", "predictions")
         self._mlflow.end(self._steps, status, [file for pattern in patterns for file in self.folder.glob(pattern)])
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # the first error is the one to tell
             self._writer.close()
@@ -167,7 +168,7 @@ class RunLog:
 
 
 class MLflowRun:
-    """A run's twin in MLflow, brought up to date by a thread: a server that is slow or away delays and fails nothing.
+    """A run's twin in MLflow, brought up to date by a thread: a server that is slow or away stops no training.
 
     It asks what MLflow has and sends what is missing. So nothing is lost and nothing is there twice, however often
     the server goes away or the run is resumed.
@@ -182,6 +183,7 @@ class MLflowRun:
     def __init__(self, name: str, record: dict):
         self.name, self.record = name, record
         self._run_id: str | None = None
+        self._times: dict[int, int] = {}  # milliseconds, by step
         self._is_away = False
         self._thread = ThreadPoolExecutor(1)
         self._sending: Future | None = None
@@ -207,7 +209,8 @@ class MLflowRun:
                 self._run_id = self._find_or_create(client).info.run_id
             has: dict[str, set[int]] = {}
             for step, row in steps.items():
-                name, now = next(iter(row)), int(1000 * time.time())
+                name = next(iter(row))
+                now = self._times.setdefault(step, int(1000 * time.time()))  # a point sent twice is one point
                 if name not in has:
                     has[name] = {point.step for point in client.get_metric_history(self._run_id, name)}
                 if step not in has[name]:
@@ -238,7 +241,7 @@ class MLflowRun:
         constants, logged = self.record["constants"], run.data.params
         missing = [Param(name, str(value)) for name, value in constants.items() if name not in logged]
         client.log_batch(run.info.run_id, params=missing)
-        for name in logged:  # MLflow lets no parameter change: raised EPOCHS become a tag
+        for name in logged.keys() & constants.keys():  # MLflow lets no parameter change: raised EPOCHS become a tag
             if logged[name] != str(constants[name]):
                 client.set_tag(run.info.run_id, name, constants[name])
         return run
