@@ -221,7 +221,7 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object], str]] = {
     ),
     "image: floats": (put("B", saved(GREY.convert("F"), ".tif")), LOAD, "B/x.tif: more than 8 bits"),
     "image: CMYK": (put("B", saved(RGB.convert("CMYK"), ".jpg")), LOAD, "B/x.jpg: colour mode CMYK"),
-    "image: YCbCr TIFF": (put("B", saved(RGB.convert("YCbCr"), ".tif")), LOAD, "B/x.tif: colour mode YCbCr"),
+    "image: Lab colours": (put("B", saved(Image.new("LAB", RGB.size), ".tif")), LOAD, "B/x.tif: colour mode LAB"),
     "image: turned by its EXIF tag": (
         put("B", saved(RGB, ".jpg", exif=exif(6))), LOAD, "B/x.jpg: turned by its orient",
     ),
