@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from data.images import DataError, by, check_headers, find_pairs, read_mask, read_rgb
+from data.images import DataError, check_headers, find_pairs, read_mask, read_rgb, size_text
 
 FOLDERS = ("A", "B", "label")
 
@@ -56,10 +56,13 @@ class LEVIRCD(Dataset):
         sizes = [check_headers(paths) for paths in self.pairs]
         for paths, size in zip(self.pairs, sizes, strict=True):
             if augment and crop_size and min(size) < crop_size:
-                raise DataError(f"{paths[0]}: {by(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE")
+                raise DataError(
+                    f"{paths[0]}: {size_text(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE"
+                )
             if augment and not crop_size and size != sizes[0]:
                 raise DataError(
-                    f"{paths[0]}: {by(size)} pixels, but {self.pairs[0][0]} has {by(sizes[0])}: set a CROP_SIZE"
+                    f"{paths[0]}: {size_text(size)} pixels, but {self.pairs[0][0]} has {size_text(sizes[0])}: "
+                    "set a CROP_SIZE"
                 )
 
         self.tiles: list[tuple[int, slice, slice]] = []  # pair, rows, columns

@@ -91,7 +91,9 @@ def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
             sizes.append(image.size[::-1])
     for path, size in zip(paths[1:], sizes[1:], strict=True):
         if size != sizes[0]:
-            raise DataError(f"{path}: {by(size)} pixels, but {paths[0]} has {by(sizes[0])}; a pair needs one size")
+            raise DataError(
+                f"{path}: {size_text(size)} pixels, but {paths[0]} has {size_text(sizes[0])}; a pair needs one size"
+            )
     return sizes[0]
 
 
@@ -139,6 +141,6 @@ def as_tensor(image: ImageLike) -> Tensor:
     return image if image.dtype == torch.uint8 else image.float()
 
 
-def by(size: tuple[int, int]) -> str:
+def size_text(size: tuple[int, int]) -> str:
     """Height and width as people write them."""
     return f"{size[1]} × {size[0]}"
