@@ -23,12 +23,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data.checkpoints import read_checkpoint
 from data.make_demo import make_demo
 from data.runs import RunLog, describe, last_checkpoint, new_folder, written_whole
 from dataset import LEVIRCD, DataError, color_jitter, make_loader
 from losses import CombinedIoULoss
 from metrics import ChangeMetrics, ThresholdMetrics, as_table
-from model import FusionUNet, ModelError, read_checkpoint
+from model import FusionUNet, ModelError
 from visualize import OptionError, parse, pick_device, plot_curves, plot_precision_recall, plot_predictions, typed
 
 # DATA

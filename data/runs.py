@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from data.checkpoints import ModelError, read_checkpoint
 from data.images import DataError
-from model import ModelError, read_checkpoint
 
 
 def new_folder(name: str | None) -> Path:

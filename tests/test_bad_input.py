@@ -34,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import random_pair, write_pair, write_tiny
 
 import main
+from data.checkpoints import read_checkpoint
 from data.download import DownloadError, download
 from data.images import DataError, read_mask, read_rgb
 from dataset import LEVIRCD
-from model import FusionUNet, ModelError, read_checkpoint
+from model import FusionUNet, ModelError
 
 # What `python main.py`, `visualize.py` and `download.py` print in one line.
 ERRORS = (main.OptionError, DataError, ModelError, DownloadError, FloatingPointError, OSError)

@@ -67,8 +67,8 @@ def test_bytes_and_floats_are_one(model):
     torch.testing.assert_close(model(image_a, image_b), model(image_a / 255, image_b / 255))
 
 
-def test_normalised_as_imagenet(model):
-    seen = []
+def test_normalised_as_imagenet():
+    model, seen = FusionUNet(weights=None, freeze_backbone=False).eval(), []
     hook = model.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(*images(1, 32, 32)[:1], torch.full((1, 3, 32, 32), 255, dtype=torch.uint8))
     hook.remove()
@@ -86,6 +86,26 @@ def test_encoder_is_torchvisions_resnet(model):
     image_a, image_b = images(1, 64, 64)
     pooled = backbone((torch.cat([image_a, image_b]) / 255 - model.mean) / model.std)
     torch.testing.assert_close(model.encode(image_a, image_b)[-1].mean((2, 3)), pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_folding_changes_neither_features_nor_checkpoint():
+    torch.manual_seed(0)
+    model = FusionUNet(weights=None)
+    norms = [module for module in model.layer4.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.2, 2)
+        nn.init.normal_(norm.bias)
+    plain = FusionUNet(weights=None, freeze_backbone=False).eval()
+    plain.load_state_dict(model.eval().state_dict())
+    pair, keys = images(2, 64, 96), list(model.state_dict())
+    torch.testing.assert_close(model(*pair), plain(*pair), rtol=0, atol=1e-5)
+    assert list(model.state_dict()) == keys
+    # In double precision, into which it follows the weights, nothing is left to rounding.
+    for feature, unfolded in zip(model.double().encode(*pair), plain.double().encode(*pair), strict=True):
+        assert (feature - unfolded).abs().max() <= 1e-12 * unfolded.abs().max()
+    other = FusionUNet(weights=None)
+    model.float().load_state_dict(other.state_dict())
+    assert torch.equal(model.encode(*pair)[-1], other.encode(*pair)[-1])
 
 
 def test_the_order_of_the_dates_does_not_matter(model):
