@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import os
 import signal
-import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-from data.images import DataError, check_headers, find_pairs, read_mask, read_rgb, size_text
-
-FOLDERS = ("A", "B", "label")
+from data.images import DataError, size_text
+from data.pairs import Pairs
+from data.processes import COUNT, shard
 
 
 class LEVIRCD(Dataset):
@@ -52,82 +47,74 @@ class LEVIRCD(Dataset):
     ) -> None:
         self.folder = Path(root) / split
         self.crop_size, self.augment = crop_size, augment
-        self.pairs = find_pairs(*(self.folder / name for name in FOLDERS))
-        sizes = [check_headers(paths) for paths in self.pairs]
-        for paths, size in zip(self.pairs, sizes, strict=True):
-            if augment and crop_size and min(size) < crop_size:
-                raise DataError(
-                    f"{paths[0]}: {size_text(size)} pixels are less than the crop of {crop_size}: lower CROP_SIZE"
-                )
-            if augment and not crop_size and size != sizes[0]:
-                raise DataError(
-                    f"{paths[0]}: {size_text(size)} pixels, but {self.pairs[0][0]} has {size_text(sizes[0])}: "
-                    "set a CROP_SIZE"
-                )
-
-        self.tiles: list[tuple[int, slice, slice]] = []  # pair, rows, columns
-        for pair, (height, width) in enumerate(sizes):
-            step_y, step_x = crop_size or height, crop_size or width
-            for y in range(0, height - step_y + 1 if augment else height, step_y):
-                for x in range(0, width - step_x + 1 if augment else width, step_x):
-                    self.tiles.append((pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))))
-
-        self._cached: list[Path] | None = None
-        if cache_dir is not None:
-            try:
-                os.makedirs(cache_dir, exist_ok=True)
-                with ThreadPoolExecutor(os.cpu_count()) as pool:
-                    filled = pool.map(lambda paths: _fill_cache(paths, Path(cache_dir)), self.pairs)
-                    bar = {"desc": f"decoding {self.folder}", "unit": "pair", "leave": False, "disable": None}
-                    self._cached = list(tqdm(filled, total=len(self.pairs), delay=1, **bar))
-            except OSError as error:
-                raise DataError(f"CACHE_DIR={cache_dir}: can't be filled ({error}); None does without") from error
+        self.pairs = Pairs(self.folder, None if cache_dir is None else Path(cache_dir))
+        sizes = self.pairs.sizes
+        if augment and crop_size and (small := np.flatnonzero(sizes.min(1) < crop_size)).size:
+            raise DataError(
+                f"{self.pairs.paths(small[0])[0]}: {size_text(sizes[small[0]])} pixels are less than the crop of "
+                f"{crop_size}: lower CROP_SIZE"
+            )
+        if augment and not crop_size and (other := np.flatnonzero((sizes != sizes[0]).any(1))).size:
+            raise DataError(
+                f"{self.pairs.paths(other[0])[0]}: {size_text(sizes[other[0]])} pixels, but {self.pairs.paths(0)[0]} "
+                f"has {size_text(sizes[0])}: set a CROP_SIZE"
+            )
+        self._steps = np.full_like(sizes, crop_size) if crop_size else sizes
+        self._tiles = sizes // self._steps if augment else -(-sizes // self._steps)  # rows, columns
+        self._ends = self._tiles.prod(1).cumsum()  # of each pair's items
 
     def __len__(self) -> int:
-        return len(self.tiles)
+        return int(self._ends[-1])
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """The item at an index; with augmentation `(index, seed)` gives the same crop each time."""
         index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**31, ())))
-        pair, rows, columns = self.tiles[index]
-        array = self._load(pair)
-        array = self._random_crop(array, np.random.default_rng(seed)) if self.augment else array[rows, columns]
+        pair, rows, columns = self._tile(index)
+        array, swapped = self.pairs.load(pair), False
+        if self.augment:
+            array, swapped = self._random_crop(array, np.random.default_rng(seed))
+        else:
+            array = array[rows, columns]
         array = np.ascontiguousarray(array.transpose(2, 0, 1))  # (7, H, W): the one copy
-        return tuple(torch.from_numpy(array).split([3, 3, 1]))
+        image_a, image_b, label = torch.from_numpy(array).split([3, 3, 1])
+        return (image_b, image_a, label) if swapped else (image_a, image_b, label)
 
     def name(self, index: int) -> str:
         """What a person calls item `index`: the stem of its files and, for a tile, its row and column in pixels."""
-        pair, rows, columns = self.tiles[index]
-        stem = self.pairs[pair][0].stem
+        pair, rows, columns = self._tile(index)
+        stem = self.pairs.paths(pair)[0].stem
         return f"{stem} [{rows.start}, {columns.start}]" if self.crop_size else stem
 
     def files(self, keys: Iterable[int | tuple[int, int]]) -> str:
         """The images before of some items, as `__getitem__` takes them, in one line."""
         indices = (key[0] if isinstance(key, tuple) else key for key in keys)
-        return ", ".join(sorted({str(self.pairs[self.tiles[index][0]][0]) for index in indices}))
+        return ", ".join(sorted({str(self.pairs.paths(self._tile(index)[0])[0]) for index in indices}))
 
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change when a file is added, removed, renamed or changes its size."""
-        lines = [f"{path.relative_to(self.folder)} {path.stat().st_size}\n" for paths in self.pairs for path in paths]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+        return self.pairs.fingerprint()
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """All indices in lists of at most `batch_size` items of one height and width, for evaluation."""
         by_size: dict[tuple[int, int], list[int]] = {}
-        for index, (_, rows, columns) in enumerate(self.tiles):
+        for index in range(len(self)):
+            _, rows, columns = self._tile(index)
             by_size.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append(index)
         return [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
 
-    def _load(self, pair: int) -> np.ndarray:
-        if self._cached is None:
-            return _decode(self.pairs[pair])
-        try:
-            return np.load(self._cached[pair], mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # gone or damaged since it was filled
-            self._cached[pair].unlink(missing_ok=True)
-            return np.load(_fill_cache(self.pairs[pair], self._cached[pair].parent), mmap_mode="r")
+    def _tile(self, index: int) -> tuple[int, slice, slice]:
+        """Pair, rows and columns of an item."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        index %= len(self)
+        pair = int(np.searchsorted(self._ends, index, side="right"))
+        row, column = divmod(index - int(self._ends[pair]), int(self._tiles[pair, 1]))  # rows from the last one back
+        (height, width), (step_y, step_x) = self.pairs.sizes[pair].tolist(), self._steps[pair].tolist()
+        y, x = (row + int(self._tiles[pair, 0])) * step_y, column * step_x
+        return pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))
 
-    def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
+        """A crop, turned and mirrored, and whether to exchange its dates."""
         height, width = array.shape[:2]
         size_y, size_x = self.crop_size or height, self.crop_size or width
         y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
@@ -136,23 +123,47 @@ class LEVIRCD(Dataset):
         crop = np.rot90(crop, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
-        return crop[..., [3, 4, 5, 0, 1, 2, 6]] if rng.random() < 0.5 else crop
+        return crop, rng.random() < 0.5
 
 
-class RandomDraws(Sampler):
-    """Each index once, in random order, with the seed of its crop; all of it follows from torch's seed."""
+class RandomBatches(Sampler):
+    """Full batches of indices in random order, each with the seed of its crop; all of it follows from torch's seed.
 
-    def __init__(self, length: int):
-        self.length = length
-        self.drawn: list[tuple[int, int]] = []  # in the pass at hand
+    Under torchrun each process gets a share of every batch, so that a step is the same however many there are.
+    """
+
+    def __init__(self, length: int, batch_size: int):
+        self.length, self.batch_size = length, batch_size
+        self._drawn = torch.empty(0, 2, dtype=torch.int64)  # in the pass at hand: index and seed
 
     def __len__(self) -> int:
-        return self.length
+        return max(1, self.length // self.batch_size)  # 1: a batch that isn't full, if there is no other
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order, seeds = torch.randperm(self.length), torch.randint(2**31, (self.length,))
-        self.drawn = list(zip(order.tolist(), seeds.tolist(), strict=True))
-        return iter(self.drawn)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        self._drawn = torch.stack([torch.randperm(self.length), torch.randint(2**31, (self.length,))], dim=1)
+        for step in range(len(self)):
+            yield shard(self.batch(step))
+
+    def batch(self, step: int) -> list[tuple[int, int]]:
+        """The batch of all processes at a step of the pass at hand."""
+        return [tuple(draw) for draw in self._drawn[step * self.batch_size :][: self.batch_size].tolist()]
+
+
+class OrderedBatches(Sampler):
+    """Every item once, at most `batch_size` of one size together; under torchrun each process gets a share of these."""
+
+    def __init__(self, dataset: LEVIRCD, batch_size: int):
+        self.batches = dataset.batches(batch_size)
+
+    def __len__(self) -> int:
+        return len(shard(self.batches))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(shard(self.batches))
+
+    def batch(self, step: int) -> list[int]:
+        """The batch of this process at a step."""
+        return shard(self.batches)[step]
 
 
 def make_loader(dataset: LEVIRCD, batch_size: int, num_workers: int | None, on_gpu: bool) -> DataLoader:
@@ -160,20 +171,18 @@ def make_loader(dataset: LEVIRCD, batch_size: int, num_workers: int | None, on_g
 
     Args:
         dataset: its crops, where it augments, and their order follow from torch's seed when a pass begins.
-        batch_size: items.
+        batch_size: items, of all processes together.
         num_workers: processes that load; None: by the cores for a GPU, 0 otherwise.
         on_gpu: the batches go to a GPU.
     """
-    workers = num_workers if num_workers is not None else min(8, os.cpu_count()) if on_gpu else 0
-    if dataset.augment:
-        full = len(dataset) >= batch_size  # else the one batch there is
-        sampling = {"sampler": RandomDraws(len(dataset)), "batch_size": batch_size, "drop_last": full}
-    else:
-        sampling = {"batch_sampler": dataset.batches(batch_size)}
+    batches = RandomBatches(len(dataset), batch_size) if dataset.augment else OrderedBatches(dataset, batch_size)
+    if num_workers is None:
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_workers = max(1, min(8, cores)) if on_gpu else 0
     # With a generator of its own a loader draws nothing from torch's, whatever its workers.
     return DataLoader(
-        dataset, num_workers=workers, persistent_workers=workers > 0, worker_init_fn=leave_signals_to_main,
-        pin_memory=on_gpu, generator=torch.Generator(), **sampling,
+        dataset, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_main, pin_memory=on_gpu, generator=torch.Generator(),
     )  # fmt: skip
 
 
@@ -201,7 +210,8 @@ def color_jitter(images: Tensor, brightness: float, contrast: float, saturation:
     """
 
     def draw(strength: float) -> Tensor:
-        return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(-strength, strength)
+        of_all = torch.empty(COUNT * len(images), 1, 1, 1, device=images.device)  # alike in all processes
+        return shard(of_all.uniform_(-strength, strength))
 
     images = images.float() / 255
     images = (images * (1 + draw(brightness))).clamp(0, 1)
@@ -222,31 +232,3 @@ def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
     mean = images.mean(1, keepdim=True)
     cross = (images.roll(1, 1) - images.roll(-1, 1)) / 3**0.5  # the unit grey axis × the colour
     return (mean + (images - mean) * angle.cos() + cross * angle.sin()).clamp(0, 1)
-
-
-def _decode(paths: tuple[Path, Path, Path]) -> np.ndarray:
-    """uint8 (H, W, 7): three bands before, three after, and the mask in {0, 1}."""
-    return np.dstack([read_rgb(paths[0]), read_rgb(paths[1]), read_mask(paths[2])])
-
-
-def _fill_cache(paths: tuple[Path, Path, Path], cache_dir: Path) -> Path:
-    """The decoded pair as an .npy file, written unless one of these very files is there already."""
-    where = hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode()).hexdigest()[:12]
-    stats = [path.stat() for path in paths]
-    state = hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()).hexdigest()[:12]
-    cached = cache_dir / f"{where}-{state}.npy"
-    if not cached.exists():
-        array = _decode(paths)
-        # Written aside and renamed: another process sees the whole file or none.
-        with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".part", delete=False) as part:
-            try:
-                np.save(part, array)
-                part.close()
-                os.replace(part.name, cached)
-            except BaseException:
-                os.unlink(part.name)
-                raise
-        for stale in glob.glob(f"{glob.escape(str(cache_dir / where))}-*.npy"):
-            if stale != str(cached):
-                Path(stale).unlink(missing_ok=True)
-    return cached

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import io
 import json
 import math
 import os
@@ -18,19 +17,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.checkpoints import read_checkpoint
+from data import processes
+from data.files import read_checkpoint, save, written_whole
 from data.make_demo import make_demo
-from data.runs import RunLog, describe, last_checkpoint, new_folder, written_whole
+from data.options import OptionError, checked, has_bfloat16, parse, pick_device, recorded, typed
+from data.runs import RunLog, describe, last_checkpoint, new_folder
 from dataset import LEVIRCD, DataError, color_jitter, make_loader
-from losses import CombinedIoULoss
+from losses import CombinedIoULoss, LossReader
 from metrics import ChangeMetrics, ThresholdMetrics, as_table
 from model import FusionUNet, ModelError
-from visualize import OptionError, parse, pick_device, plot_curves, plot_precision_recall, plot_predictions, typed
+from visualize import plot_curves, plot_precision_recall, plot_predictions
 
 # DATA
 DATA_DIR: str = "data"  # holds train, val and, if there is one, test; a demo stands in for a missing data/train
@@ -46,7 +47,7 @@ WEIGHTS: str | None = "IMAGENET1K_V1"  # of torchvision's ResNet-50, fetched onc
 FREEZE_BACKBONE: bool = True  # False trains the ResNet-50 too: 28 M parameters instead of 5 M
 
 # OPTIMISATION
-BATCH_SIZE: int = 16  # pairs a step; halve it when the GPU's memory runs out
+BATCH_SIZE: int = 16  # pairs a step, of all GPUs together; halve it when their memory runs out
 EPOCHS: int = 100  # passes over the training split, 7,120 crops of 256 each for LEVIR-CD
 LEARNING_RATE: float = 1e-3  # its peak, for AdamW
 WEIGHT_DECAY: float = 1e-2  # AdamW's, decoupled; 0: off
@@ -56,7 +57,8 @@ ALPHA: float = 0.5  # weight of BCE in the loss, the rest is soft IoU; 0..1
 
 # RUNTIME
 DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
-AMP: bool = True  # bfloat16 autocast on CUDA, for GPUs that have it (Ampere and newer); False: float32
+AMP: bool = True  # bfloat16 autocast in training, where the device computes in it by itself; False: float32
+COMPILE: bool = False  # torch.compile for the training step; its first steps take a minute longer
 NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
 SEED: int = 0  # of the weights, the order, the crops and the colours
 DETERMINISTIC: bool = False  # True: the same bits again on CUDA too, slower; the CPU gives them in any case
@@ -65,8 +67,6 @@ RUN_NAME: str | None = None  # folder under runs/; None: date and time
 EVALUATE: str | None = None  # checkpoint to score instead of training, such as runs/RUN/best.pt; None: train
 SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores of test, where it is there
 
-# What may be changed when a run goes on; anything else would make it another experiment.
-CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "NUM_WORKERS")
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 
 # What changes where there is no data yet: minutes on two CPU cores, and nothing to download.
@@ -88,46 +88,69 @@ def main(**overrides: object) -> dict[str, float]:
         FloatingPointError: the loss isn't finite any more.
         OSError: something can't be written.
     """
-    config, began = configure(overrides)
-    device = pick_device(config.DEVICE)
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-    torch.use_deterministic_algorithms(config.DETERMINISTIC)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
-    torch.manual_seed(config.SEED)
+    with processes.joined():
+        with processes.first_of_machine():
+            config, began = configure(overrides)
+            device = pick_device(config.DEVICE)
+            torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+            torch.use_deterministic_algorithms(config.DETERMINISTIC)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
+            torch.manual_seed(config.SEED)
+            loaders = make_loaders(config, device)
+            record = describe(config, began, device, loaders)
+            last = last_checkpoint(config.RESUME)
+            if config.EVALUATE is not None:
+                model = FusionUNet.load(config.EVALUATE, device)
+            else:
+                model = FusionUNet(None if last else config.WEIGHTS, config.FREEZE_BACKBONE)
+                model.to(device, memory_format=torch.channels_last)
+        if not processes.IS_MAIN:
+            return {} if config.EVALUATE else prefixed("val", fit(model, loaders, config, None, last))
+        folder = Path(config.RESUME) if config.RESUME else new_folder(config.RUN_NAME)
+        with RunLog(folder, record, last["rows"] if last else ()) as log:
+            if config.EVALUATE is not None:
+                processes.leave()
+                return evaluate(model, loaders[config.SPLIT], config, log)
+            try:
+                return train_and_score(model, loaders, config, log, last)
+            except BaseException as error:
+                if not isinstance(error, FloatingPointError | torch.OutOfMemoryError):  # which would come again
+                    print(f"the run can go on: python main.py RESUME={folder}", flush=True)
+                raise
 
-    def load(split: str, crop_size: int | None, augment: bool = False) -> DataLoader:
-        dataset = LEVIRCD(config.DATA_DIR, split, crop_size, augment, config.CACHE_DIR)
-        return make_loader(dataset, config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda")
 
+def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, DataLoader]:
+    """The loaders by split: train, val and, if it is there, test; of a run that only scores, that split's."""
+    crop_sizes = {"train": config.CROP_SIZE, "val": config.CROP_SIZE, "test": PROTOCOL_CROP}
     if config.EVALUATE is not None:
-        model, loader = FusionUNet.load(config.EVALUATE, device), load(config.SPLIT, PROTOCOL_CROP)
-        record = describe(config, began, device, {config.SPLIT: loader})
-        with RunLog(new_folder(config.RUN_NAME), record) as log:
-            return evaluate(model, loader, config, log)
+        crop_sizes = {config.SPLIT: PROTOCOL_CROP}
+    elif not Path(config.DATA_DIR, "test").is_dir():
+        del crop_sizes["test"]
+    augmented = "train" if config.EVALUATE is None else None
+    return {
+        split: make_loader(
+            LEVIRCD(config.DATA_DIR, split, crop_size, split == augmented, config.CACHE_DIR),
+            config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda",
+        )
+        for split, crop_size in crop_sizes.items()
+    }  # fmt: skip
 
-    loaders = {"train": load("train", config.CROP_SIZE, augment=True), "val": load("val", config.CROP_SIZE)}
-    if Path(config.DATA_DIR, "test").is_dir():
-        loaders["test"] = load("test", PROTOCOL_CROP)
-    record = describe(config, began, device, loaders)
-    last = last_checkpoint(config.RESUME)
-    model = FusionUNet(None if last else config.WEIGHTS, config.FREEZE_BACKBONE)
-    model.to(device, memory_format=torch.channels_last)
-    folder = Path(config.RESUME) if config.RESUME else new_folder(config.RUN_NAME)
+
+def train_and_score(
+    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog, last: dict | None
+) -> dict[str, float]:
+    """Train up to EPOCHS, then draw and score the best epoch's model; returns the scores."""
     sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
-    print(f"{folder}: {sizes} items of {config.DATA_DIR} on {record['device']}", flush=True)
-    with RunLog(folder, record, last["rows"] if last else ()) as log:
-        try:
-            log.send(timeout=10)
-            scores = prefixed("val", fit(model, loaders, config, log, last))
-            best = FusionUNet.load(folder / "best.pt", device)
-            draw_best(best, loaders["val"].dataset, folder)
-            if "test" in loaders:
-                scores |= evaluate(best, loaders["test"], config, log)
-        except BaseException as error:
-            if not isinstance(error, FloatingPointError | torch.OutOfMemoryError):  # which would come again
-                print(f"the run can go on: python main.py RESUME={folder}", flush=True)
-            raise
-    print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {folder}: best.pt, metrics.csv and more")
+    several = f"{processes.COUNT} × " if processes.COUNT > 1 else ""
+    print(f"{log.folder}: {sizes} items of {config.DATA_DIR} on {several}{log.record['device']}", flush=True)
+    log.send(timeout=10)
+    scores = prefixed("val", fit(model, loaders, config, log, last))
+    processes.leave()
+    best = FusionUNet.load(log.folder / "best.pt", next(model.parameters()).device)
+    draw_best(best, loaders["val"].dataset, log.folder)
+    if "test" in loaders:
+        scores |= evaluate(best, loaders["test"], config, log)
+    print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
     return scores
 
 
@@ -150,6 +173,10 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
     if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
         raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
+    if constants["BATCH_SIZE"] < processes.COUNT:
+        raise OptionError(
+            f"BATCH_SIZE={constants['BATCH_SIZE']}: less than a pair for each of {processes.COUNT} processes"
+        )
     if began["demo"]:
         used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
         print(f"NO DATA in data (see data/README.md): USING THE DEMO with {used}", flush=True)
@@ -158,80 +185,40 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     return SimpleNamespace(**constants | {"RESUME": given["RESUME"]}), began
 
 
-def recorded(folder: str, overrides: dict[str, object]) -> dict:
-    """The record of a run that shall go on with some of its constants changed."""
-    try:
-        record = json.loads(Path(folder, "constants.json").read_text())
-        began = record["constants"]
-        if began["EVALUATE"] is not None:
-            raise OptionError(f"RESUME={folder}: this run scored a checkpoint and is done; give EVALUATE again")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        if isinstance(error, OptionError):
-            raise
-        raise OptionError(f"RESUME={folder}: not the folder of a run ({error}); give one of runs/") from error
-    for name, value in overrides.items():
-        if name != "RESUME" and name not in CHANGEABLE and value != began.get(name):
-            changeable = ", ".join(CHANGEABLE)
-            raise OptionError(f"{name}={value}: the run began with {began.get(name)}; only {changeable} may change")
-    if isinstance(epochs := overrides.get("EPOCHS"), int) and epochs < began["EPOCHS"]:
-        raise OptionError(f"EPOCHS={epochs}: may be raised, but the run began with {began['EPOCHS']}")
-    return record
-
-
-def checked(name: str, value: object, hint: type) -> object:
-    """The value, if the constant can have it."""
-    value = typed(name, value, hint)
-    if isinstance(value, int | float):
-        least = 1 if name in ("CROP_SIZE", "BATCH_SIZE", "EPOCHS") else 0
-        most = {"ALPHA": 1, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1, "HUE": 0.5}.get(name, sys.maxsize)
-        if not least <= value <= most:
-            raise OptionError(f"{name}={value}: must be {least} to {most}")
-    if value == "":
-        raise OptionError(f"{name}=: nothing is given behind it")
-    if name in ("RUN_NAME", "SPLIT") and value is not None and Path(value).name != value:
-        raise OptionError(f"{name}={value}: must be a name, not a path")
-    return value
-
-
 def fit(
-    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog, last: dict | None = None
+    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog | None, last: dict | None
 ) -> dict[str, float]:
-    """Train up to EPOCHS, from the checkpoint `last` on if there is one; validate, log and save after each epoch.
+    """Train up to EPOCHS, from the checkpoint `last` on if there is one, and validate after each epoch.
 
     Returns:
-        The validation scores of the epoch in best.pt.
+        The validation scores of the epoch in best.pt; the process with the log, one of several, saves it.
     """
-    trainable = filter(lambda parameter: parameter.requires_grad, model.parameters())
-    optimizer = torch.optim.AdamW(trainable, config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY)
-    best: dict[str, float] = {"iou": -1.0}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY, fused=True)
+    best, done = {"iou": -1.0}, 0
     if last:
         model.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        best = read_checkpoint(log.folder / "best.pt")["scores"]
+        best, done = read_checkpoint(Path(config.RESUME, "best.pt"))["scores"], last["epoch"]
     steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
-    done = len(log.rows) * len(loaders["train"])
-    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps), last_epoch=done - 1)
-    for epoch in range(len(log.rows) + 1, config.EPOCHS + 1):
+    last_step = done * len(loaders["train"]) - 1
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps), last_epoch=last_step)
+    trained = processes.parallel(model)
+    if config.COMPILE:
+        trained = torch.compile(trained)
+    for epoch in range(done + 1, config.EPOCHS + 1):
         # An epoch's order, crops and colours follow from the seed and its number alone.
         torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
         metrics, learning_rate = ThresholdMetrics(), scheduler.get_last_lr()[0]
-        train = run_pass(model, loaders["train"], config, ChangeMetrics(), optimizer, scheduler, f"epoch {epoch}")
+        train = run_pass(trained, loaders["train"], config, ChangeMetrics(), optimizer, scheduler, f"epoch {epoch}")
         val = run_pass(model, loaders["val"], config, metrics, name="validation")
-        is_best = val["iou"] > best["iou"]
         model.threshold = metrics.best_threshold()
+        is_best = val["iou"] > best["iou"]
+        best = val if is_best else best
+        if log is None:
+            continue
         row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": learning_rate}
-        device = next(model.parameters()).device
-        if device.type == "cuda":
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        picture = log.folder / "predictions" / f"epoch_{epoch:03}.png"
-        plot_predictions(model, loaders["val"].dataset, device, num_samples=4, path=picture)
-        log.epoch(row, picture)
-        checkpoint = model.checkpoint() | {"epoch": epoch, "scores": val}
-        if is_best:
-            best = val
-            save(checkpoint, log.folder / "best.pt")
-        save(checkpoint | {"optimizer": optimizer.state_dict(), "rows": log.rows}, log.folder / "last.pt")
-        log.send()
+        keep(model, optimizer, loaders["val"].dataset, log, row, is_best)
         print(
             f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
             f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {train['pairs_per_second']:.1f} pairs/s"
@@ -241,6 +228,24 @@ def fit(
     return best
 
 
+def keep(
+    model: FusionUNet, optimizer: torch.optim.Optimizer, dataset: LEVIRCD, log: RunLog, row: dict, is_best: bool
+) -> None:
+    """Log and save an epoch."""
+    epoch, device = len(log.rows) + 1, next(model.parameters()).device
+    if device.type == "cuda":
+        row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    picture = log.folder / "predictions" / f"epoch_{epoch:03}.png"
+    plot_predictions(model, dataset, device, num_samples=4, path=picture)
+    log.epoch(row, picture)
+    scores = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
+    checkpoint = model.checkpoint() | {"epoch": epoch, "scores": scores}
+    if is_best:
+        save(checkpoint, log.folder / "best.pt")
+    save(checkpoint | {"optimizer": optimizer.state_dict(), "rows": log.rows}, log.folder / "last.pt")
+    log.send()
+
+
 def run_pass(
     model: FusionUNet, loader: DataLoader, config: SimpleNamespace, metrics: ChangeMetrics,
     optimizer: torch.optim.Optimizer | None = None, scheduler: LRScheduler | None = None, name: str = "",
@@ -248,55 +253,52 @@ def run_pass(
     """One pass over a loader: training where an optimizer is given, evaluation otherwise.
 
     Returns:
-        `loss`, the mean over the pairs, what `metrics` computes, and `pairs_per_second`.
+        `loss`, the mean over the pairs, what `metrics` computes, and `pairs_per_second`; of all processes together.
 
     Raises:
-        FloatingPointError: the loss isn't finite; in training the weights are still those before this step.
+        FloatingPointError: the loss of a step isn't finite; seen in the next one.
     """
     training, device = optimizer is not None, next(model.parameters()).device
     model.train(training)
-    criterion, pairs, start = CombinedIoULoss(config.ALPHA), 0, time.perf_counter()
-    loss_sum = torch.zeros((), device=device)
-    on_host = torch.zeros((), pin_memory=device.type == "cuda")  # the last loss that came in
-    arrived = torch.cuda.Event() if device.type == "cuda" else None
+    criterion, losses, start = CombinedIoULoss(config.ALPHA), LossReader(name, loader, device), time.perf_counter()
+    loss_sum, pairs = torch.zeros((), device=device), 0
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and has_bfloat16(device))
     bar = tqdm(total=len(loader.dataset), desc=name, unit="pair", leave=False, disable=None)
     with torch.set_grad_enabled(training), bar:
-        for step, batch in enumerate(loader):
+        for batch in loader:
             interrupt.in_step = True
             image_a, image_b, label = (tensor.to(device, non_blocking=True) for tensor in batch)
             if training:
                 strengths = config.BRIGHTNESS, config.CONTRAST, config.SATURATION, config.HUE
                 image_a, image_b = color_jitter(image_a, *strengths), color_jitter(image_b, *strengths)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and device.type == "cuda"):
+            with autocast:
                 logits = model(image_a, image_b)
             loss = criterion(logits, label)
-            on_host.copy_(loss.detach(), non_blocking=True)
-            if arrived:
-                arrived.record()
             if training:
-                optimizer.zero_grad()
-                loss.backward()
-                if arrived:
-                    arrived.synchronize()  # waits for the forward pass alone; the GPU has the backward pass to do
-                if not on_host.isfinite():
-                    files = loader.dataset.files(loader.sampler.drawn[step * len(label) :][: len(label)])
-                    raise FloatingPointError(f"{name}, step {step + 1}: the loss is {on_host}; the batch: {files}")
-                if config.CLIP_NORM:
-                    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.CLIP_NORM)
-                optimizer.step()
-                scheduler.step()
+                learn(loss, optimizer, scheduler, config.CLIP_NORM)
             metrics.update(logits.detach(), label)
             loss_sum += loss.detach() * len(label)
             pairs += len(label)
-            bar.set_postfix(loss=f"{on_host.item():.4f}", refresh=False)
-            bar.update(len(label))
+            bar.set_postfix(loss=f"{losses.exchange(loss):.4f}", refresh=False)
+            bar.update(processes.COUNT * len(label))
             interrupt.in_step = False
             if interrupt.signal:
                 sys.exit(128 + interrupt.signal)
-    scores = {"loss": loss_sum.item() / pairs, **metrics.compute()}  # waits for the device, before the clock is read
-    if not math.isfinite(scores["loss"]):
-        raise FloatingPointError(f"{name}: the loss is {scores['loss']}")
+        losses.last()
+    metrics.sum_processes()
+    loss_sum, pairs = processes.summed(torch.tensor([loss_sum.item(), pairs], dtype=torch.float64)).tolist()
+    scores = {"loss": loss_sum / pairs, **metrics.compute()}
     return scores | {"pairs_per_second": pairs / (time.perf_counter() - start)}
+
+
+def learn(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, clip_norm: float) -> None:
+    """One step down the loss's gradient."""
+    optimizer.zero_grad()
+    loss.backward()
+    if clip_norm:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
+    optimizer.step()
+    scheduler.step()
 
 
 def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: RunLog) -> dict[str, float]:
@@ -345,14 +347,6 @@ def warmup_cosine(step: int, warmup: float, steps: int) -> float:
     return (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup)))) / 2
 
 
-def save(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint; in memory first, since torch turns an error of the disk into one of its own."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with written_whole(path, "wb") as file:
-        file.write(buffer.getbuffer())
-
-
 def draw_best(model: FusionUNet, dataset: LEVIRCD, folder: Path) -> None:
     """Draw a run's curves and what its best model predicts in validation."""
     plot_curves(folder / "metrics.csv", folder / "curves.png")
@@ -395,6 +389,8 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
         sys.exit(f"error: {str(error).partition(' Of the allocated')[0]} Lower BATCH_SIZE or CROP_SIZE")
     except RuntimeError as error:
+        if interrupt.signal:  # another process of torchrun's was a step ahead when it came
+            sys.exit(128 + interrupt.signal)
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"error: a process that loads data died, perhaps for want of memory: lower NUM_WORKERS ({error})")

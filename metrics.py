@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.processes import summed
+
 
 class ChangeMetrics:
     """Pixel counts of a binary mask, gathered on the device, and the scores that follow from them.
@@ -18,12 +20,14 @@ class ChangeMetrics:
     A score whose denominator is 0 is 1 where the class is neither in the label nor predicted, 0 otherwise.
     """
 
+    CELLS = 4  # counted: TP, predicted, labelled, pixels
+
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self._counts: Tensor | int = 0  # int64 (4,) on the logits' device: TP, predicted, labelled, pixels
+        self._counts = torch.zeros(self.CELLS, dtype=torch.int64)  # moves to the logits' device
 
     def update(self, logits: Tensor, label: Tensor) -> None:
         """Count a batch; a pixel counts as changed where its logit is above 0. No host sync.
@@ -35,7 +39,7 @@ class ChangeMetrics:
         predicted, labelled = logits > 0, label.bool()
         hits = predicted & labelled
         pixels = torch.full((), label.numel(), device=label.device)
-        self._counts = self._counts + torch.stack([hits.sum(), predicted.sum(), labelled.sum(), pixels])
+        self._count(torch.stack([hits.sum(), predicted.sum(), labelled.sum(), pixels]))
 
     def compute(self) -> dict[str, float]:
         """The scores as plain floats in 0..1; one host sync.
@@ -45,8 +49,15 @@ class ChangeMetrics:
         """
         return _scores(*self._gathered().tolist())
 
+    def sum_processes(self) -> None:
+        """Add up what the processes that torchrun started have counted; each then has the same scores."""
+        self._counts = summed(self._counts.cpu())
+
+    def _count(self, counts: Tensor) -> None:
+        self._counts = self._counts.to(counts.device) + counts
+
     def _gathered(self) -> Tensor:
-        if isinstance(self._counts, int):
+        if not self._counts.any():
             raise ValueError("no pixels were counted: call update first")
         return self._counts
 
@@ -59,14 +70,15 @@ class ThresholdMetrics(ChangeMetrics):
     """
 
     LOGITS = torch.arange(-160, 161) / 20
+    CELLS = 2 * (len(LOGITS) + 1)
 
     def update(self, logits: Tensor, label: Tensor) -> None:
         """Count a batch at every threshold; shapes as in `ChangeMetrics`; NaN counts as below all. No host sync."""
         steps, logits = self.LOGITS.to(logits.device), logits.detach().float().nan_to_num(nan=-torch.inf)
         passed = torch.bucketize(logits.contiguous(), steps)  # how many thresholds a pixel's logit is above
         cells = (passed + (len(steps) + 1) * label.bool()).flatten()
-        histogram = torch.zeros(2 * (len(steps) + 1), dtype=torch.int64, device=logits.device)
-        self._counts = self._counts + histogram.index_add_(0, cells, torch.ones_like(cells))
+        histogram = torch.zeros(self.CELLS, dtype=torch.int64, device=logits.device)
+        self._count(histogram.index_add_(0, cells, torch.ones_like(cells)))
 
     def compute(self, threshold: float = 0.5) -> dict[str, float]:
         """The scores at the nearest of the thresholds; one host sync.

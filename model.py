@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
-from data.checkpoints import CHECKPOINTS, ModelError, read_checkpoint
+from data.files import CHECKPOINTS, ModelError, read_checkpoint
 from data.images import DataError, ImageLike, as_tensor
 
 FUSED_CHANNELS = (32, 64, 128, 192, 256)  # width of the decoder at strides 2, 4, 8, 16 and 32
@@ -118,7 +118,7 @@ class FusionUNet(nn.Module):
         x = self.up8(x, self.fuse8(f8))  # (N, 128, H/8, W/8)
         x = self.up4(x, self.fuse4(f4))  # (N, 64, H/4, W/4)
         x = self.up2(x, self.fuse2(f2))  # (N, 32, H/2, W/2)
-        logits = self.head(x)  # (N, out_channels, H/2, W/2)
+        logits = self.head(x).float()  # (N, out_channels, H/2, W/2)
         logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
         return logits[..., : image_a.shape[-2], : image_a.shape[-1]]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import csv
 import os
 import re
@@ -24,6 +22,7 @@ from torch.utils.data import Dataset
 
 from data.georeference import Place, common_place, world_file
 from data.images import DataError, check_headers, find_pairs, read_rgb
+from data.options import OptionError, parse, pick_device
 from model import FusionUNet, ModelError
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
@@ -32,10 +31,6 @@ COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
 CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across
 FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
-
-
-class OptionError(ValueError):
-    """A name or a value on the command line that can't be; the message says what can."""
 
 
 @plt.rc_context(FONT)
@@ -214,7 +209,8 @@ def _plan(before: Path, after: Path, out: str | None) -> list[tuple[Path, Path, 
         if not path.exists() or path.is_file() != before.is_file():
             raise DataError(f"{path}: not there; give two images, two folders, or one folder that holds A and B")
     plan, taken = [], set()
-    for path_a, path_b in [(before, after)] if before.is_file() else find_pairs(before, after):
+    pairs = [("", "")] if before.is_file() else find_pairs(before, after)  # joined with "" a path stays what it is
+    for path_a, path_b in ((before / name_a, after / name_b) for name_a, name_b in pairs):
         check_headers((path_a, path_b))
         place = common_place(path_a, path_b)
         suffix = ".tif" if place.tags and place.affine is not None else ".png"
@@ -242,45 +238,6 @@ def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place
     Image.fromarray((picture * (1 - share) + colour * share).round().astype(np.uint8)).save(files[1], quality=90)
     for file in files[2:]:
         place.save((chance * 65535).round().astype(np.uint16), file)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of that name, once it was seen to work."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-        if device.type == "cuda" and device.index:
-            torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
-    return device
-
-
-def parse(arguments: Sequence[str], hints: dict[str, type]) -> dict[str, object]:
-    """`NAME=value` of a command line; numbers, True, False and None are read as such.
-
-    Raises:
-        OptionError: a name that isn't among the hints, or a value that isn't of its type.
-    """
-    parsed: dict[str, object] = {}
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if not equals or name not in hints:
-            raise OptionError(f"{argument}: give NAME=value; there are {', '.join(hints)}")
-        if value == "None" or not isinstance("", hints[name]):
-            with contextlib.suppress(ValueError, SyntaxError):  # what is no literal stays text, which `typed` refuses
-                value = ast.literal_eval(value)
-        parsed[name] = typed(name, value, hints[name])
-    return parsed
-
-
-def typed(name: str, value: object, hint: type) -> object:
-    """The value, if it is of that type; a whole number will do for a fraction."""
-    if type(value) is int and isinstance(0.5, hint):
-        value = float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise OptionError(f"{name}={value}: must be {getattr(hint, '__name__', hint)}")
-    return value
 
 
 if __name__ == "__main__":

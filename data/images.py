@@ -20,20 +20,20 @@ class DataError(ValueError):
     """Input that can't be used; the message says what is wrong, in which file, and what to do."""
 
 
-def find_pairs(*folders: Path) -> list[tuple[Path, ...]]:
-    """The files of several folders that share a stem, in the order of their stems; DataError where one is missing."""
-    found: list[dict[str, Path]] = []
+def find_pairs(*folders: Path) -> list[tuple[str, ...]]:
+    """Names of the files that share a stem, one a folder, in the order of the stems; DataError where one is missing."""
+    found: list[dict[str, str]] = []
     for folder in folders:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; a split holds A, B and label (see data/README.md)")
-        files: dict[str, Path] = {}
+        files: dict[str, str] = {}
         for entry in os.scandir(folder):
-            path = Path(entry.path)
-            if path.suffix.lower() not in SUFFIXES or entry.name.startswith(".") or not entry.is_file():
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix.lower() not in SUFFIXES or entry.name.startswith(".") or not entry.is_file():
                 continue
-            if path.stem in files:
-                raise DataError(f"{path}: a second file beside {files[path.stem].name} for one pair; remove one")
-            files[path.stem] = path
+            if stem in files:
+                raise DataError(f"{entry.path}: a second file beside {files[stem]} for one pair; remove one")
+            files[stem] = entry.name
         found.append(files)
     stems = sorted(set().union(*found))
     if not stems:
@@ -41,7 +41,7 @@ def find_pairs(*folders: Path) -> list[tuple[Path, ...]]:
     for stem in stems:
         for folder, files in zip(folders, found, strict=True):
             if stem not in files:
-                there = next(other[stem] for other in found if stem in other)
+                there = next(Path(at, other[stem]) for at, other in zip(folders, found, strict=True) if stem in other)
                 raise DataError(f"{there}: no file of that name in {folder}; add it or remove this one")
     return [tuple(files[stem] for files in found) for stem in stems]
 

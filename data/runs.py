@@ -12,12 +12,11 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO
 
 import filelock
 import numpy as np
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data.checkpoints import ModelError, read_checkpoint
+from data.files import ModelError, read_checkpoint, written_whole
 from data.images import DataError
 
 
@@ -262,23 +261,3 @@ def _mlflow_client() -> MlflowClient:
                 MlflowClient(f"sqlite:///{part}")
                 os.replace(part, file)
     return MlflowClient(uri)
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
-    """A file to write, which is at `path` once all of it is on the disk; after an error the old one is still there.
-
-    Raises:
-        OSError: it can't be written; the message names the file.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs draw into images/
-    try:
-        with open(part, mode, newline=None if "b" in mode else "") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"{path}: can't be written ({error.strerror or error}); what was there is kept") from error
-    finally:
-        part.unlink(missing_ok=True)

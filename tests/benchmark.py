@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dataset import LEVIRCD, RandomDraws, color_jitter
+from dataset import LEVIRCD, RandomBatches, color_jitter
 from losses import CombinedIoULoss
 from model import FusionUNet
 
@@ -88,7 +88,7 @@ def main(device: torch.device, pairs: int) -> None:
             )
         for kind, cache in (("decoding", None), ("from the cache", Path(folder, "cache"))):
             data = LEVIRCD(folder, "train", SIZE, augment=True, cache_dir=cache)
-            keys = (list(RandomDraws(len(data))) * pairs)[:pairs]
+            keys = next(iter(RandomBatches(len(data), 1))) * pairs
             rows[f"loading, {kind}"] = lambda data=data, keys=keys: [data[key] for key in keys]
         for row, work in tqdm((whole | rows).items(), unit="row", leave=False, disable=None):
             took = seconds(work, device)

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import random_pair, write_pair, write_tiny
 
 import main
-from data.checkpoints import read_checkpoint
 from data.download import DownloadError, download
+from data.files import read_checkpoint
 from data.images import DataError, read_mask, read_rgb
 from dataset import LEVIRCD
 from model import FusionUNet, ModelError

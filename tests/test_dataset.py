@@ -150,16 +150,26 @@ def test_cache_gives_the_same_and_follows_the_files(tmp_path):
     cache = tmp_path / "cache"
     plain, cached = LEVIRCD(tmp_path, "val", 16), LEVIRCD(tmp_path, "val", 16, cache_dir=cache)
     assert all(map(torch.equal, sum(zip(*plain, strict=True), ()), sum(zip(*cached, strict=True), ())))
-    (entry,) = cache.iterdir()
-    before = entry.stat().st_mtime_ns
+    entries = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     LEVIRCD(tmp_path, "val", cache_dir=cache)
-    assert entry.stat().st_mtime_ns == before
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == entries and len(entries) == 2
 
     pair = random_pair(RNG, 32, 32)
     write_pair(tmp_path / "val", "x", *pair)
     os.utime(tmp_path / "val" / "B" / "x.png", ns=(1, 1))
     assert np.array_equal(LEVIRCD(tmp_path, "val", cache_dir=cache)[0][1].permute(1, 2, 0), pair[1])
-    assert [path for path in cache.iterdir() if path != entry] and not entry.exists()
+    assert len(list(cache.iterdir())) == 2 and not entries.keys() & set(cache.iterdir())
+
+
+def test_what_was_checked_is_not_opened_again(tmp_path):
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
+    file = tmp_path / "val" / "A" / "x.png"
+    first, stat = LEVIRCD(tmp_path, "val", cache_dir=tmp_path / "cache")[0], file.stat()
+    file.write_bytes(bytes(stat.st_size))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=r"x\.png: can't be read"):
+        LEVIRCD(tmp_path, "val")
+    assert all(map(torch.equal, LEVIRCD(tmp_path, "val", cache_dir=tmp_path / "cache")[0], first))
 
 
 def fill(root: Path, cache: Path) -> int:
@@ -173,7 +183,7 @@ def test_two_processes_fill_one_cache(tmp_path):
     with PROCESSES.Pool(2) as pool:
         sums = pool.starmap(fill, [(tmp_path, tmp_path / "cache")] * 2)
     assert sums == [sum(int(pair[0].sum()) for pair in pairs)] * 2
-    assert len(list((tmp_path / "cache").iterdir())) == 6
+    assert len(list((tmp_path / "cache").iterdir())) == 7
 
 
 # Bad input, beside what test_bad_input.py has
