@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data import processes
 from data.images import DataError, size_text
 from data.pairs import Pairs
-from data.processes import COUNT, shard
 
 
 class LEVIRCD(Dataset):
@@ -142,7 +142,7 @@ class RandomBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         self._drawn = torch.stack([torch.randperm(self.length), torch.randint(2**31, (self.length,))], dim=1)
         for step in range(len(self)):
-            yield shard(self.batch(step))
+            yield processes.shard(self.batch(step))
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """The batch of all processes at a step of the pass at hand."""
@@ -156,14 +156,14 @@ class OrderedBatches(Sampler):
         self.batches = dataset.batches(batch_size)
 
     def __len__(self) -> int:
-        return len(shard(self.batches))
+        return len(processes.shard(self.batches))
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(shard(self.batches))
+        return iter(processes.shard(self.batches))
 
     def batch(self, step: int) -> list[int]:
         """The batch of this process at a step."""
-        return shard(self.batches)[step]
+        return processes.shard(self.batches)[step]
 
 
 def make_loader(dataset: LEVIRCD, batch_size: int, num_workers: int | None, on_gpu: bool) -> DataLoader:
@@ -210,8 +210,8 @@ def color_jitter(images: Tensor, brightness: float, contrast: float, saturation:
     """
 
     def draw(strength: float) -> Tensor:
-        of_all = torch.empty(COUNT * len(images), 1, 1, 1, device=images.device)  # alike in all processes
-        return shard(of_all.uniform_(-strength, strength))
+        of_all = torch.empty(processes.count() * len(images), 1, 1, 1, device=images.device)  # alike in all processes
+        return processes.shard(of_all.uniform_(-strength, strength))
 
     images = images.float() / 255
     images = (images * (1 + draw(brightness))).clamp(0, 1)

@@ -104,7 +104,7 @@ def main(**overrides: object) -> dict[str, float]:
             else:
                 model = FusionUNet(None if last else config.WEIGHTS, config.FREEZE_BACKBONE)
                 model.to(device, memory_format=torch.channels_last)
-        if not processes.IS_MAIN:
+        if not processes.is_main():
             return {} if config.EVALUATE else prefixed("val", fit(model, loaders, config, None, last))
         folder = Path(config.RESUME) if config.RESUME else new_folder(config.RUN_NAME)
         with RunLog(folder, record, last["rows"] if last else ()) as log:
@@ -141,7 +141,7 @@ def train_and_score(
 ) -> dict[str, float]:
     """Train up to EPOCHS, then draw and score the best epoch's model; returns the scores."""
     sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
-    several = f"{processes.COUNT} × " if processes.COUNT > 1 else ""
+    several = f"{processes.count()} × " if processes.count() > 1 else ""
     print(f"{log.folder}: {sizes} items of {config.DATA_DIR} on {several}{log.record['device']}", flush=True)
     log.send(timeout=10)
     scores = prefixed("val", fit(model, loaders, config, log, last))
@@ -168,14 +168,14 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         needed = given["SPLIT"] if given["EVALUATE"] else "train"
         demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, str(needed)).is_dir()
         began, constants = {"demo": demo}, constants | DEMO | overrides if demo else given
-        if given["RUN_NAME"] and Path("runs", str(given["RUN_NAME"])).exists():
+        if processes.is_main() and given["RUN_NAME"] and Path("runs", str(given["RUN_NAME"])).exists():
             raise OptionError(f"RUN_NAME={given['RUN_NAME']}: that folder of runs/ is there already; name another")
     constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
     if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
         raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
-    if constants["BATCH_SIZE"] < processes.COUNT:
+    if constants["BATCH_SIZE"] < processes.count():
         raise OptionError(
-            f"BATCH_SIZE={constants['BATCH_SIZE']}: less than a pair for each of {processes.COUNT} processes"
+            f"BATCH_SIZE={constants['BATCH_SIZE']}: less than a pair for each of {processes.count()} processes"
         )
     if began["demo"]:
         used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
@@ -280,7 +280,7 @@ def run_pass(
             loss_sum += loss.detach() * len(label)
             pairs += len(label)
             bar.set_postfix(loss=f"{losses.exchange(loss):.4f}", refresh=False)
-            bar.update(processes.COUNT * len(label))
+            bar.update(processes.count() * len(label))
             interrupt.in_step = False
             if interrupt.signal:
                 sys.exit(128 + interrupt.signal)
@@ -391,6 +391,8 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if interrupt.signal:  # another process of torchrun's was a step ahead when it came
             sys.exit(128 + interrupt.signal)
+        if "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError):
+            sys.exit("error: another process of this run has ended; it says why")
         if "DataLoader worker" not in str(error):
             raise
         sys.exit(f"error: a process that loads data died, perhaps for want of memory: lower NUM_WORKERS ({error})")

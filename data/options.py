@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data.processes import LOCAL
+from data import processes
 
 # What may be changed when a run goes on; anything else would make it another experiment.
 CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
@@ -86,7 +86,7 @@ def recorded(folder: str, overrides: dict[str, object]) -> dict:
 def pick_device(name: str | None) -> torch.device:
     """The device of that name, once it was seen to work; None: the GPU of this process, or the CPU."""
     try:
-        device = torch.device(name or (f"cuda:{LOCAL}" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or (f"cuda:{processes.local()}" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU

@@ -11,9 +11,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-COUNT = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL = int(os.environ.get("LOCAL_RANK", 0))  # this process's number on its machine
-IS_MAIN = os.environ.get("RANK", "0") == "0"  # it logs and saves
+
+def count() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local() -> int:
+    """This process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    """Whether this is the one that logs and saves."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -23,7 +34,7 @@ def joined() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # a large data set takes hours to decode
     try:
-        with contextlib.nullcontext() if IS_MAIN else contextlib.redirect_stdout(open(os.devnull, "w")):
+        with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(open(os.devnull, "w")):
             yield
     finally:
         leave()
@@ -38,10 +49,10 @@ def leave() -> None:
 @contextlib.contextmanager
 def first_of_machine() -> Iterator[None]:
     """The block in the first process of each machine, then in the others: it fetches, decodes and complains for all."""
-    if LOCAL > 0:
+    if local() > 0:
         summed(torch.zeros(1))
     yield
-    if LOCAL == 0:
+    if local() == 0:
         summed(torch.zeros(1))
 
 
@@ -76,7 +87,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         """Normalise (N, C, H, W)."""
         if not self.training:
             return super().forward(x)
-        variance, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        variance, mean = torch.var_mean(x.to(self.weight.dtype), (0, 2, 3), correction=0)
         count = torch.full_like(mean, x.numel() / len(mean))
         count, mean, square = summed(torch.stack([count, count * mean, count * (variance + mean**2)]))
         mean, variance = mean / count, square / count - (mean / count) ** 2
@@ -94,6 +105,6 @@ def parallel(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad:  # a frozen one has nothing to share
             module.__class__ = SyncedBatchNorm
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -148,17 +149,28 @@ def start_main(**constants: object) -> multiprocessing.Process:
     return start("main.py", *(f"{name}={value}" for name, value in constants.items()))
 
 
-def start(script: str, *arguments: object) -> multiprocessing.Process:
+def start(script: str, *arguments: object, **environment: str) -> multiprocessing.Process:
     """`python SCRIPT ARGUMENTS`, started in the working folder, its output appended to output.txt."""
-    process = PROCESSES.Process(target=_run, args=(script, *map(str, arguments)), kwargs=dict(os.environ))
+    environment = os.environ | environment
+    process = PROCESSES.Process(target=_run, args=(script, *map(str, arguments)), kwargs=environment)
     process.start()
     return process
+
+
+def as_torchrun(processes: int) -> list[dict[str, str]]:
+    """The environment of each of the processes that torchrun would start here."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    of_all = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    return [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def _run(*command: str, **environment: str) -> None:
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as in a process of its own
     os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     sys.argv = list(command)

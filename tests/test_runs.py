@@ -1,5 +1,6 @@
 """data/runs.py and what main does with it: runs that are killed, resumed, or meet a full disk or a lost server."""
 
+import csv
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny
+from conftest import as_torchrun, start, write_tiny
 from kill_and_resume import wrong_steps
 
 import main
@@ -34,15 +35,20 @@ def one_epoch(tmp_path_factory, tracking_uri) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-        main.main(**QUICK | {"DATA_DIR": "tiny", "EPOCHS": 1})
+        main.main(**QUICK | {"DATA_DIR": "tiny", "EPOCHS": 1, "AMP": False})
     return folder
 
 
 @pytest.fixture
 def trained(one_epoch) -> None:
-    """A copy of that folder's content here, which MLflow takes for a run of its own."""
-    shutil.copytree(one_epoch, ".", dirs_exist_ok=True)
-    record = Path("runs/run/constants.json")
+    """A copy of that folder's content here."""
+    copy_run(one_epoch, Path())
+
+
+def copy_run(one_epoch: Path, folder: Path) -> None:
+    """Copy it so that MLflow takes it for a run of its own."""
+    shutil.copytree(one_epoch, folder, dirs_exist_ok=True)
+    record = folder / "runs" / "run" / "constants.json"
     record.write_text(record.read_text().replace(json.loads(record.read_text())["id"], uuid.uuid4().hex))
 
 
@@ -87,6 +93,21 @@ def test_one_process_at_a_time_is_at_a_run(trained):
 
 
 # Faults
+
+
+def test_two_processes_go_on_as_one(one_epoch, tmp_path, monkeypatch):
+    rows = {}
+    for processes in (1, 2):
+        copy_run(one_epoch, tmp_path / str(processes))
+        monkeypatch.chdir(tmp_path / str(processes))
+        group = [start("main.py", "RESUME=runs/run", "EPOCHS=2", **env) for env in as_torchrun(processes)]
+        for process in group:
+            process.join()
+            assert process.exitcode == 0, Path("output.txt").read_text()
+        with open("runs/run/metrics.csv") as file:
+            rows[processes] = [[float(value) for value in row.values()] for row in csv.DictReader(file)]
+        assert wrong_steps("run") == [] and Path("output.txt").read_text().count("epoch 2/2") == 1
+    assert rows[1][0] == rows[2][0] and rows[1][1] == pytest.approx(rows[2][1], abs=1e-4) and len(rows[2]) == 2
 
 
 def test_a_full_disk_leaves_the_good_checkpoint(trained):
