@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import ctypes
 import json
 import sys
 from collections.abc import Sequence
@@ -92,7 +93,17 @@ def pick_device(name: str | None) -> torch.device:
             torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
+    if device.type == "cpu":
+        _keep_freed_memory()
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, up to 2 GiB: the kernel clears each page before it gives it out again."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own, which go back at once
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -1,101 +1,382 @@
-"""How fast it is here: `python tests/benchmark.py [cpu|cuda]`. Medians over repeats, after a warm-up."""
+"""How fast it is here, against what the machine can do and against the plain way: a table, and a JSON file in runs/.
+
+    python tests/benchmark.py [cpu|cuda] [--quick]
+
+Medians, and the range, of several calls after a warm-up. Nothing is scored: weights and images are noise.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import platform
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from dataset import LEVIRCD, RandomBatches, color_jitter
+if importlib.util.find_spec("mlflow") is None:  # speed can be measured without
+    sys.modules |= {"mlflow": MagicMock(), "mlflow.entities": MagicMock()}
+import main
+from data.images import find_pairs
+from data.options import has_bfloat16, pick_device
+from dataset import LEVIRCD, color_jitter, make_loader
 from losses import CombinedIoULoss
+from metrics import ChangeMetrics
 from model import FusionUNet
 
-SIZE = 256  # pixels, a side of a crop
+ROOT = Path(__file__).parent.parent
+LEVIR_CROPS = 7120  # of 256 pixels in an epoch of LEVIR-CD
+JITTER = (0.1, 0.1, 0.1, 0.01)
+FIRST_STEP = """
+import sys, time
+from torch.optim import optimizer
+def stop(*_):
+    print("FIRST STEP", time.time() - float(sys.argv[1]))
+    raise SystemExit
+optimizer.register_optimizer_step_post_hook(stop)
+import main
+main.main(DATA_DIR=sys.argv[2], CACHE_DIR=None, CROP_SIZE=128, WEIGHTS=None, BATCH_SIZE=1, DEVICE=sys.argv[3])
+"""
 
 
-def seconds(work: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """Median time of a call, in seconds, the device's work included."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
+class PlainUNet(FusionUNet):
+    """The same network as it is often written: a pass for each date, float32, NCHW, no max-pool, nothing folded."""
+
+    def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
+        """Features at strides 1 (enlarged), 2, 4, 8 and 16: twice as fine as those of `FusionUNet`."""
+        with torch.no_grad():
+            dates = [self._encode_one(image) for image in (image_a, image_b)]
+        return [torch.cat(features) for features in zip(*dates, strict=True)]
+
+    def _encode_one(self, image: Tensor) -> list[Tensor]:
+        features = [self.stem((image.float() / 255 - self.mean) / self.std)]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            features.append(layer(features[-1]))
+        return [F.interpolate(features[0], scale_factor=2), *features[1:]]
+
+
+class Table:
+    """Rows as they come, for people on the screen and for machines in a file."""
+
+    def __init__(self, device: torch.device, quick: bool):
+        self.device, self.repeats = device, 3 if quick else 5
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, name: str, value: float, unit: str, low: float | None = None, high: float | None = None) -> float:
+        """Print a row and keep it."""
+        self.rows.append({"row": name, "value": value, "unit": unit, "low": low, "high": high})
+        spread = "" if low is None else f"  ({low:.4g} to {high:.4g})"
+        print(f"  {name:<52} {value:>10.4g} {unit}{spread}", flush=True)
+        return value
+
+    def seconds(self, name: str, work: Callable[[], object], repeats: int | None = None) -> float:
+        """A row of the median seconds of a call, the device's work included."""
+        times = [self._once(work) for _ in range((repeats or self.repeats) + 2)][2:]
+        return self.add(name, statistics.median(times), "s", min(times), max(times))
+
+    def _once(self, work: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
 
 
-def random_batch(pairs: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    image_a, image_b = torch.randint(0, 256, (2, pairs, 3, SIZE, SIZE), dtype=torch.uint8, device=device)
-    return image_a, image_b, (torch.rand(pairs, 1, SIZE, SIZE, device=device) < 0.05).byte()
+class Waited:
+    """A loader that tells how long it was waited for."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader, self.dataset, self.batch_sampler, self.seconds = loader, loader.dataset, loader.batch_sampler, 0.0
+
+    def __iter__(self) -> Iterator:
+        batches = iter(self.loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
 
-def main(device: torch.device, pairs: int) -> None:
-    """Print a table: seconds and pairs a second of the training step, its parts, and the loader."""
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    model = FusionUNet(weights=None).to(device, memory_format=torch.channels_last).train()
-    criterion = CombinedIoULoss()
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    image_a, image_b, label = random_batch(pairs, device)
+def heading(text: str) -> None:
+    """A line above some rows."""
+    print(f"\n{text}", flush=True)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+def noise(pairs: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch without content."""
+    image_a, image_b = torch.randint(0, 256, (2, pairs, 3, size, size), dtype=torch.uint8, device=device)
+    return image_a, image_b, (torch.rand(pairs, 1, size, size, device=device) < 0.05).byte()
+
+
+def write_noise(folder: Path, pairs: int, size: int, drawn: int = 4) -> None:
+    """A split train of noise, the first few pairs over and over again."""
+    rng = np.random.default_rng(0)
+    for part in ("A", "B", "label"):
+        (folder / "train" / part).mkdir(parents=True)
+        for index in tqdm(range(pairs), f"writing {part}", leave=False, disable=None):
+            file = folder / "train" / part / f"{index}.png"
+            if index >= drawn:
+                file.write_bytes(file.with_name(f"{index % drawn}.png").read_bytes())
+                continue
+            array = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(array if part != "label" else array[..., 0] // 128 * 255).save(file)
+
+
+class Trainer:
+    """A model with what a training step needs, as `main.fit` sets it up."""
+
+    def __init__(self, model: FusionUNet, device: torch.device, amp: bool, compiled: bool = False):
+        self.model = model.to(device).train()
+        self.trained = torch.compile(self.model) if compiled else self.model
+        self.precision = "bfloat16" if amp and has_bfloat16(device) else "float32"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(parameters, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+        self.criterion, self.metrics = CombinedIoULoss(), ChangeMetrics()
+
+    def forward(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> Tensor:
+        """The loss of a batch."""
+        with self.autocast:
+            logits = self.trained(image_a, image_b)
+        self.metrics.update(logits.detach(), label)
+        return self.criterion(logits, label)
+
+    def step(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> None:
+        """All that a training step does once its batch is on the device."""
+        loss = self.forward(color_jitter(image_a, *JITTER), color_jitter(image_b, *JITTER), label)
+        main.learn(loss, self.optimizer, self.scheduler, 1.0)
+
+    def update(self) -> None:
+        """What follows the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+
+    def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
+        """The backbone alone."""
+        with self.autocast, torch.no_grad():
+            return self.model.encode(image_a, image_b)
+
+
+def limits(table: Table, size: int) -> float:
+    """The machine's two limits; returns the matrix rate, FLOP a second, in the precision of training."""
+    heading("the machine's limits")
+    a, rates = torch.randn(size, size, device=table.device), []
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.float32 or has_bfloat16(table.device):
+            b = a.to(dtype)
+            seconds = table.seconds(f"{size} × {size} matrix product, {str(dtype)[6:]}", lambda b=b: b @ b)
+            rates.append(table.add("its rate", 2 * size**3 / seconds / 1e12, "TFLOP/s"))
+    source = torch.empty(2**28 if table.device.type == "cuda" else 2**26, device=table.device).zero_()
+    target = torch.empty_like(source)
+    seconds = table.seconds(f"copying {source.nbytes / 2**30:.2f} GiB", lambda: target.copy_(source))
+    table.add("memory bandwidth (read and written)", 2 * source.nbytes / seconds / 1e9, "GB/s")
+    return rates[-1] * 1e12
+
+
+def steps(table: Table, trainer: Trainer, pairs: int, size: int, rate: float) -> float:
+    """A training step and its parts; returns its seconds."""
+    heading(f"a training step on {pairs} pairs of {size} × {size}, {trainer.precision}")
+    batch = noise(pairs, size, table.device)
+    with FlopCounterMode(display=False) as counter:
+        trainer.forward(*batch).backward()
+    if table.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    backbone = table.seconds("backbone, forward", lambda: trainer.encode(*batch[:2]))
+    forward = table.seconds("model and loss, forward", lambda: trainer.forward(*batch))
+    table.add("so fusion, decoder and loss, forward", forward - backbone, "s")
+    both = table.seconds("model and loss, forward and backward", lambda: trainer.forward(*batch).backward())
+    table.add("so backward", both - forward, "s")
+    table.seconds("gradient norm and AdamW", trainer.update)
+    table.seconds("colour jitter, both dates", lambda: [color_jitter(image, *JITTER) for image in batch[:2]])
+    step = table.seconds("the step", lambda: trainer.step(*batch))
+    table.add("pairs a second", pairs / step, "pairs/s")
+    table.add("floating-point operations, by torch's counter", counter.get_total_flops() / 1e9, "GFLOP")
+    table.add("share of the matrix rate", 100 * counter.get_total_flops() / step / rate, "%")
+    if table.device.type == "cuda":
+        table.add("peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+        table.add("an epoch of LEVIR-CD, at this rate", LEVIR_CROPS * step / pairs * (256 / size) ** 2, "s")
+    return step
+
+
+def loading(table: Table, folder: Path, pairs: int) -> None:
+    """Loaders of random crops, from the files and from the cache, with one process and with several."""
+    heading("the loader alone, random crops of 256 × 256 from images of 1024 × 1024")
+    for kind, cache in (("decoding each time", None), ("from the cache", folder / "cache")):
+        data = LEVIRCD(folder, "train", 256, augment=True, cache_dir=cache)
+        for workers in [0] + [2**power for power in range(6) if 2**power <= os.cpu_count()]:
+            loader = make_loader(data, pairs, workers, table.device.type == "cuda")
+            start, end, items = None, 0.0, 0
+            while start is None or end - start < 3:
+                for *_, label in loader:
+                    end = time.perf_counter()
+                    items += len(label) if start else 0
+                    start = start or end  # the workers are up
+            name = f"{kind}, {workers or 'no'} worker{'s' * (workers != 1)}"
+            table.add(name, items / (end - start), "pairs/s")
+
+
+def looping(table: Table, trainer: Trainer, folder: Path, pairs: int, step: float) -> None:
+    """The real loop, and what it loses against the bare step."""
+    data = LEVIRCD(folder, "train", 256, augment=True, cache_dir=folder / "cache")
+    loader = Waited(make_loader(data, pairs, None, table.device.type == "cuda"))
+    heading(f"the real loop, {loader.loader.num_workers or 'no'} workers")
+    names = ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE")
+    config = SimpleNamespace(ALPHA=0.5, AMP=True, CLIP_NORM=1.0, **dict(zip(names, JITTER, strict=True)))
+    shares, rates = [], []
+    for _ in range(max(2, table.repeats // 2)):
+        loader.seconds, start = 0.0, time.perf_counter()
+        optimizers = trainer.optimizer, trainer.scheduler
+        scores = main.run_pass(trainer.trained, loader, config, ChangeMetrics(), *optimizers, "the loop")
+        rates.append(scores["pairs_per_second"])
+        shares.append(100 * loader.seconds / (time.perf_counter() - start))
+    rate = table.add("pairs a second", statistics.median(rates), "pairs/s", min(rates), max(rates))
+    table.add("waited for the loader", statistics.median(shares), "% of the time", min(shares), max(shares))
+    table.add("slower than bare steps", 100 * (1 - rate * step / pairs), "%")
+
+
+def inference(table: Table, model: FusionUNet, large: tuple[int, int]) -> None:
+    """Whole images, as `predict` takes them, in float32."""
+    heading("prediction, float32")
+    image_a, image_b, _ = noise(1, 1024, table.device)
 
     def encode() -> None:
-        with autocast(), torch.no_grad():
+        with torch.inference_mode():
             model.encode(image_a, image_b)
 
-    def predict() -> None:
-        with autocast(), torch.no_grad():
-            model(image_a, image_b)
+    backbone = table.seconds("1024 × 1024, backbone", encode, 3)
+    whole = table.seconds("1024 × 1024, predict", lambda: model.predict(image_a[0], image_b[0]), 3)
+    table.add("so outside the backbone", 100 * (1 - backbone / whole), "%")
+    table.add("pixels a second", 1024**2 / whole / 1e6, "million/s")
+    raster = torch.randint(0, 256, (2, 3, *large), dtype=torch.uint8)
+    start = time.perf_counter()
+    model.predict(*raster)
+    name = f"{large[1]} × {large[0]}, predict, in tiles"
+    table.add(
+        "pixels a second of it",
+        large[0] * large[1] / table.add(name, time.perf_counter() - start, "s") / 1e6,
+        "million/s",
+    )
 
-    def step() -> None:
-        with autocast():
-            logits = model(color_jitter(image_a, 0.1, 0.1, 0.1, 0.01), color_jitter(image_b, 0.1, 0.1, 0.1, 0.01))
-        optimizer.zero_grad()
-        criterion(logits, label).backward()
-        optimizer.step()
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}; {pairs} pairs of {SIZE} × {SIZE}; medians")
-    large_a, large_b = torch.randint(0, 256, (2, 3, 1024, 1024), dtype=torch.uint8, device=device)
+def starting(table: Table, folder: Path, pairs: int) -> None:
+    """From the command to the first step, and a large data set's listing, checking and listing again."""
+    heading("start-up")
+    write_noise(folder / "small", 2, 128)
+    (folder / "small" / "val").symlink_to("train")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    command = [sys.executable, "-c", FIRST_STEP, str(time.time()), str(folder / "small"), table.device.type]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if run.returncode == 0:
+        seconds = float(run.stdout.partition("FIRST STEP")[2].split()[0])
+        table.add("python main.py to the end of the first step", seconds, "s")
+    else:  # MLflow isn't there, say
+        print(f"  python main.py: {run.stderr.splitlines()[-1]}")
 
-    def encode_large() -> None:
-        with torch.inference_mode():
-            model.encode(large_a[None], large_b[None])
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_noise(folder / "many", pairs, 8)
+    start = time.perf_counter()
+    find_pairs(*(folder / "many" / "train" / part for part in ("A", "B", "label")))
+    table.add(f"{pairs:,} pairs, listed and paired", time.perf_counter() - start, "s")
+    write_noise(folder / "fewer", pairs // 10, 8)
+    for which in ("checked and decoded too", "at the next start"):
+        start = time.perf_counter()
+        LEVIRCD(folder / "fewer", "train", None, True, folder / "fewer" / "cache")
+        table.add(f"{pairs // 10:,} pairs, {which}", time.perf_counter() - start, "s")
+    table.add("peak memory grown meanwhile", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rss) / 2**10, "MiB")
 
-    rows = {"backbone, forward": encode, "model, forward": predict, "training step": step}
-    rows["colour jitter, one date"] = lambda: color_jitter(image_a, 0.1, 0.1, 0.1, 0.01)
-    # First, as in a process that only predicts: training leaves memory in pieces, which slows large images.
-    whole = {"1024 × 1024, backbone": encode_large, "1024 × 1024, predict": lambda: model.predict(large_a, large_b)}
+
+def plain(table: Table, name: str, pairs: int) -> float:
+    """The plain version's step, in seconds."""
+    trainer = Trainer(PlainUNet(weights=None), table.device, amp=False)
+    batch = noise(pairs, 256, table.device)
+    return table.seconds(name, lambda: trainer.step(*batch), 2)
+
+
+def profile(trainer: Trainer, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """What a step's time goes to."""
+    heading("what the step's time goes to")
+    kind = "cuda" if batch[0].is_cuda else "cpu"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (kind == "cuda")
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            trainer.step(*batch)
+    spent = {event.key: getattr(event, f"self_{'device' if kind == 'cuda' else 'cpu'}_time_total")
+             for event in profiler.key_averages()}  # fmt: skip
+    for name in sorted(spent, key=spent.get, reverse=True)[:8]:
+        print(f"  {name[:52]:<52} {100 * spent[name] / sum(spent.values()):>10.1f} %")
+
+
+def benchmark(kind: str, quick: bool) -> None:
+    """All of it."""
+    on_gpu, device = kind == "cuda", torch.device(kind)
+    pairs, table = 64 if on_gpu else 4, Table(device, quick)
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU"
+    machine = f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    print(machine, flush=True)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    heading("the plain version: two passes, NCHW, float32, no max-pool, each sample decoded")
+    plain_step = plain(table, "its step", pairs)
+    pick_device(kind)  # on a CPU it has freed memory kept from here on, as a run has
+    if not (on_gpu or quick):
+        plain(table, "its step, freed memory kept", pairs)
     with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        for part in ("A", "B", "label"):
-            Path(folder, "train", part).mkdir(parents=True)
-            noise = rng.integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
-            Image.fromarray(noise if part != "label" else noise[..., 0] // 128 * 255).save(
-                Path(folder, "train", part, "x.png")
-            )
-        for kind, cache in (("decoding", None), ("from the cache", Path(folder, "cache"))):
-            data = LEVIRCD(folder, "train", SIZE, augment=True, cache_dir=cache)
-            keys = next(iter(RandomBatches(len(data), 1))) * pairs
-            rows[f"loading, {kind}"] = lambda data=data, keys=keys: [data[key] for key in keys]
-        for row, work in tqdm((whole | rows).items(), unit="row", leave=False, disable=None):
-            took = seconds(work, device)
-            rate = (1 if row in whole else pairs) / took
-            print(f"{row:26} {took:8.4f} s {rate:10.1f} pairs/s", flush=True)
+        folder = Path(folder)
+        write_noise(folder, 128 if on_gpu else 4, 1024)
+        data = LEVIRCD(folder, "train", 256, augment=True)
+        decoding = table.seconds("decoding its batch", lambda: [data[index] for index in range(pairs)], 2)
+        model = FusionUNet(weights=None).to(device, memory_format=torch.channels_last)
+        inference(table, model, (8192, 8192) if on_gpu else (1024, 2048))
+        rate = limits(table, 8192 if on_gpu else 2048)
+        trainer = Trainer(model, device, amp=True)
+        step = steps(table, trainer, pairs, 256, rate)
+        table.add("the plain version's step takes", plain_step / step, "times as long")
+        table.add("with its decoding", (plain_step + decoding) / step, "times as long")
+        profile(trainer, noise(pairs, 256, device))
+        loading(table, folder, pairs)
+        looping(table, trainer, folder, pairs, step)
+        if on_gpu:
+            steps(table, trainer, pairs // 4, 512, rate)
+            steps(table, trainer, pairs // 16, 1024, rate)
+            compiled, batch = Trainer(model, device, amp=True, compiled=True), noise(pairs, 256, device)
+            heading("with COMPILE=True")
+            table.seconds("a step", lambda: compiled.step(*batch))
+        starting(table, folder, 10_000 if quick else 100_000)
+    path = Path("runs", f"benchmark_{kind}.json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "quick": quick, "rows": table.rows}, indent=2) + "\n")
+    print(f"\n{path}")
 
 
 if __name__ == "__main__":
-    kind = sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu"
-    main(torch.device(kind), 32 if kind == "cuda" else 4)
+    kinds = [argument for argument in sys.argv[1:] if argument != "--quick"]
+    if len(kinds) > 1 or not set(kinds) <= {"cpu", "cuda"}:
+        sys.exit("error: give cpu or cuda, and --quick to have it sooner")
+    kind = kinds[0] if kinds else "cuda" if torch.cuda.is_available() else "cpu"
+    benchmark(kind, "--quick" in sys.argv)
