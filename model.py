@@ -196,8 +196,7 @@ class FusionUNet(nn.Module):
         probability = torch.zeros(pair.shape[-2:], device=pair.device)
         for turns, mirrored in views:
             view = torch.rot90(pair, turns, (-2, -1))
-            image_a, image_b = view.flip(-1) if mirrored else view
-            logits = self(image_a[None], image_b[None])[0, 0].float()
+            logits = self(*(view.flip(-1) if mirrored else view)[:, None])[0, 0]
             probability += torch.rot90(logits.flip(-1) if mirrored else logits, -turns).sigmoid() / len(views)
         return probability
 
@@ -220,8 +219,8 @@ class FusionUNet(nn.Module):
             model.threshold = float(checkpoint.get("threshold", 0.5))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ModelError(f"{path}: of another model ({type(error).__name__}); {CHECKPOINTS}") from error
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return model.to(device, memory_format=torch.channels_last).eval()
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to(place, memory_format=torch.channels_last).eval()
 
     def checkpoint(self) -> dict:
         """All that `load` needs to give this model back."""
@@ -237,14 +236,16 @@ class FusionUNet(nn.Module):
         """Copy the frozen backbone with each BatchNorm folded into its convolution: the same features, sooner."""
         self._folded = [fuse(stage) for stage in self._backbone()]
 
-    def _apply(self, *args: object, **kwargs: object) -> FusionUNet:  # all moves to another device or type
-        self._folded = None
-        return super()._apply(*args, **kwargs)
+    def _apply(self, *args: object, **kwargs: object) -> FusionUNet:  # behind `to`, `cuda`, `half` and the like
+        before = self.mean
+        super()._apply(*args, **kwargs)
+        if (before.device, before.dtype) != (self.mean.device, self.mean.dtype):
+            self._folded = None
+        return self
 
-    def load_state_dict(self, *args: object, **kwargs: object) -> object:
-        """As of `nn.Module`."""
+    def _load_from_state_dict(self, *args: object) -> None:  # behind `load_state_dict`
         self._folded = None
-        return super().load_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(*args)
 
 
 def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:

@@ -1,7 +1,10 @@
 """Small data sets in LEVIR-CD's layout, the real pairs where LEVIR_CD_DIR names them, and processes that run main."""
 
-import multiprocessing
 import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch comes: idle threads leave the cores to what else runs
+
+import multiprocessing
 import runpy
 import signal
 import socket
@@ -14,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +104,7 @@ def killed_runs(tmp_path_factory):
     """tests/kill_and_resume.py at work: the process, its output."""
     output = tmp_path_factory.mktemp("killed") / "output.txt"
     with open(output, "w") as file:
-        command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "2"]
+        command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "1"]
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     yield process, output
     if process.poll() is None:
@@ -162,7 +164,7 @@ def as_torchrun(processes: int) -> list[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    of_all = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    of_all = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
@@ -170,7 +172,6 @@ def _run(*command: str, **environment: str) -> None:
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as in a process of its own
     os.environ.update(environment)
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     sys.argv = list(command)

@@ -18,8 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # other tests, or the next run, have the machine's cores too
-
 import numpy as np
 import torch
 from mlflow import MlflowClient

@@ -19,7 +19,6 @@ from model import FusionUNet
 def work(folder: Path, environment: dict[str, str]) -> None:
     """What is to be the same in all processes and in one alone, saved to a file."""
     os.environ.update(environment)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     with processes.joined():
         found = {}
