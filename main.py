@@ -58,7 +58,7 @@ ALPHA: float = 0.5  # weight of BCE in the loss, the rest is soft IoU; 0..1
 # RUNTIME
 DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
 AMP: bool = True  # bfloat16 autocast in training, where the device computes in it by itself; False: float32
-COMPILE: bool = False  # torch.compile for the training step; its first steps take a minute longer
+COMPILE: bool = False  # torch.compile for the training step: begins a minute or two later, and is slower on a CPU
 NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
 SEED: int = 0  # of the weights, the order, the crops and the colours
 DETERMINISTIC: bool = False  # True: the same bits again on CUDA too, slower; the CPU gives them in any case

@@ -57,9 +57,10 @@ class ChangeMetrics:
         self._counts = self._counts.to(counts.device) + counts
 
     def _gathered(self) -> Tensor:
-        if not self._counts.any():
+        counts = self._counts.cpu()  # the one host sync
+        if not counts.any():
             raise ValueError("no pixels were counted: call update first")
-        return self._counts
+        return counts
 
 
 class ThresholdMetrics(ChangeMetrics):
@@ -118,7 +119,7 @@ class ThresholdMetrics(ChangeMetrics):
 
     def _cumulated(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """TP, predicted, labelled and pixels, int64 (322,), at a threshold below all and at each of LOGITS."""
-        unchanged, changed = self._gathered().cpu().view(2, -1).flip(1).cumsum(1).flip(1)
+        unchanged, changed = self._gathered().view(2, -1).flip(1).cumsum(1).flip(1)
         predicted = unchanged + changed
         return changed, predicted, changed[:1].expand_as(changed), predicted[:1].expand_as(predicted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -33,6 +34,8 @@ def joined() -> Iterator[None]:
     if "RANK" in os.environ:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # a large data set takes hours to decode
+    if not is_main():
+        sys.stderr.isatty = lambda: False  # for which tqdm draws no bar; errors are still to be seen
     try:
         with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(open(os.devnull, "w")):
             yield

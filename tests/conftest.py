@@ -104,7 +104,7 @@ def killed_runs(tmp_path_factory):
     """tests/kill_and_resume.py at work: the process, its output."""
     output = tmp_path_factory.mktemp("killed") / "output.txt"
     with open(output, "w") as file:
-        command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "1"]
+        command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "2"]
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     yield process, output
     if process.poll() is None:

@@ -45,7 +45,7 @@ def parse(arguments: list[str]) -> dict[str, object]:
 
 
 def test_a_whole_run(tiny, capsys):
-    constants = QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 3, "LEARNING_RATE": 3e-3, "WARMUP_EPOCHS": 0.0}
+    constants = QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 4, "LEARNING_RATE": 3e-3, "WARMUP_EPOCHS": 0.0}
     scores = main.main(**constants)
     run = Path("runs/run")
     assert {path.name for path in run.iterdir() if "events" not in path.name} == {
@@ -53,14 +53,14 @@ def test_a_whole_run(tiny, capsys):
         "validation_predictions.png", "test_metrics.json", "per_image.csv", "precision_recall.png", "worst.png",
         "best.png", ".lock",
     }  # fmt: skip
-    assert {path.name for path in (run / "predictions").iterdir()} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3)}
+    assert {path.name for path in (run / "predictions").iterdir()} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
     assert Path("images/validation_predictions.png").exists()
-    assert "epoch 3/3" in capsys.readouterr().out
+    assert "epoch 4/4" in capsys.readouterr().out
 
     with open(run / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"] and list(rows[0])[:2] == ["epoch", "train_loss"]
-    assert float(rows[2]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"] and list(rows[0])[:2] == ["epoch", "train_loss"]
+    assert float(rows[3]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
     assert scores["val_iou"] == max(float(row["val_iou"]) for row in rows)
     assert json.loads((run / "test_metrics.json").read_text())["test_iou"] == scores["test_iou"]
 
@@ -69,16 +69,18 @@ def test_a_whole_run(tiny, capsys):
     assert not record["demo"] and record["versions"]["torch"] == torch.__version__
 
     events = EventAccumulator(str(run)).Reload()
-    assert [event.step for event in events.Scalars("val/iou")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("val/iou")] == [1, 2, 3, 4]
     assert events.Scalars("val/iou")[1].value == pytest.approx(float(rows[1]["val_iou"]))
-    assert [event.step for event in events.Images("predictions")] == [1, 2, 3]
+    assert [event.step for event in events.Images("predictions")] == [1, 2, 3, 4]
 
     logged = logged_run("run")
     assert logged.info.status == "FINISHED"
     assert logged.data.params == {name: str(value) for name, value in record["constants"].items()}
     assert logged.data.tags["demo"] == "False" and logged.data.metrics["test_iou"] == scores["test_iou"]
     history = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "val_iou")
-    assert [(point.step, point.value) for point in history] == [(i, float(rows[i - 1]["val_iou"])) for i in (1, 2, 3)]
+    assert [(point.step, point.value) for point in history] == [
+        (i, float(rows[i - 1]["val_iou"])) for i in (1, 2, 3, 4)
+    ]
     artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(logged.info.run_id)}
     assert artifacts == {path.name for path in run.iterdir() if "events" not in path.name} - {"last.pt", ".lock"}
 
