@@ -1,4 +1,4 @@
-"""The training loss, binary cross-entropy and soft IoU weighed against each other, and how the host reads it."""
+"""The training loss, cross-entropy and soft IoU weighed against each other, and how the host reads it."""
 
 import torch
 import torch.nn.functional as F
@@ -9,19 +9,21 @@ from data.processes import summed
 
 
 class CombinedIoULoss(nn.Module):
-    """alpha · BCE + (1 − alpha) · (1 − soft IoU).
+    """alpha · cross-entropy + (1 − alpha) · (1 − soft IoU).
 
-    BCE is averaged over every pixel of the batch. With p = sigmoid(logits) and y the label,
+    There is a logit for each class of change; that of "unchanged" is 0. So the probabilities p are a softmax, and with
+    one class of change p = sigmoid(logit) and the cross-entropy is the binary one. It is averaged over every pixel of
+    the batch. With y = 1 where a class is labelled, 0 elsewhere,
 
-        soft IoU = (Σ p·y + 1) / (Σ (p + y − p·y) + 1)
+        soft IoU = (Σ p·y + 1) / (Σ (p + y − p·y) + 1), averaged over the classes of change
 
     where the sums run over the whole batch, so that a crop without change weighs as little as it holds
     (Rahman and Wang 2016, doi:10.1007/978-3-319-50835-1_22). The added 1, one pixel, makes the soft IoU of an
-    all-empty batch 1 once nothing is predicted; until then BCE supplies the gradient there, so keep alpha > 0
-    where batches may hold no change at all.
+    all-empty batch 1 once nothing is predicted; until then cross-entropy supplies the gradient there, so keep
+    alpha > 0 where batches may hold no change at all.
 
     Args:
-        alpha: weight of BCE, 0..1.
+        alpha: weight of cross-entropy, 0..1.
     """
 
     def __init__(self, alpha: float = 0.5):
@@ -32,18 +34,19 @@ class CombinedIoULoss(nn.Module):
         """Scalar float32 loss, also under autocast.
 
         Args:
-            logits: (N, 1, H, W), any float dtype.
-            label: (N, 1, H, W) in {0, 1}, any dtype.
+            logits: (N, K, H, W), any float dtype.
+            label: (N, 1, H, W) in {0, …, K}, any dtype.
         """
-        logits, label = logits.float(), label.float()
-        probability = logits.sigmoid()
-        bce = F.binary_cross_entropy_with_logits(logits, label, reduction="sum")
-        pixels = torch.full_like(bce, label.numel())
-        sums = torch.stack([bce, pixels, (probability * label).sum(), (probability + label).sum()])
+        log_p = F.pad(logits.float(), (0, 0, 0, 0, 1, 0)).log_softmax(1)  # (N, 1 + K, H, W)
+        cross_entropy = F.nll_loss(log_p, label[:, 0].long(), reduction="sum")
+        p, y = log_p[:, 1:].exp(), label == torch.arange(1, log_p.shape[1], device=label.device).view(-1, 1, 1)
+        pixels = torch.full_like(cross_entropy, label.numel())
+        sums = [cross_entropy, pixels, *(p * y).sum((0, 2, 3)), *(p + y.float()).sum((0, 2, 3))]
         # Under torchrun each process trains on a share of the batch, but is scored on batches of its own.
-        bce, pixels, intersection, both = summed(sums) if logits.requires_grad else sums
+        sums = summed(torch.stack(sums)) if logits.requires_grad else torch.stack(sums)
+        intersection, both = sums[2:].view(2, -1)
         soft_iou = (intersection + 1) / (both - intersection + 1)
-        return self.alpha * bce / pixels + (1 - self.alpha) * (1 - soft_iou)
+        return self.alpha * sums[0] / sums[1] + (1 - self.alpha) * (1 - soft_iou.mean())
 
 
 class LossReader:

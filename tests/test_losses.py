@@ -10,11 +10,15 @@ from losses import CombinedIoULoss
 
 
 def by_numpy(logits: np.ndarray, label: np.ndarray, alpha: float) -> float:
-    """The docstring's formula in float64."""
-    p = 1 / (1 + np.exp(-logits))
-    bce = -(label * np.log(p) + (1 - label) * np.log(1 - p)).mean()
-    soft_iou = ((p * label).sum() + 1) / ((p + label - p * label).sum() + 1)
-    return alpha * bce + (1 - alpha) * (1 - soft_iou)
+    """The docstring's formula in float64, for logits (K, pixels) and label (pixels,)."""
+    p = np.exp(logits) / (1 + np.exp(logits).sum(0))
+    unchanged, soft_iou = 1 - p.sum(0), []
+    cross_entropy = np.where(label == 0, -np.log(unchanged), 0)
+    for i, p_class in enumerate(p, 1):
+        y = label == i
+        cross_entropy -= y * np.log(p_class)
+        soft_iou.append(((p_class * y).sum() + 1) / ((p_class + y - p_class * y).sum() + 1))
+    return alpha * cross_entropy.mean() + (1 - alpha) * (1 - np.mean(soft_iou))
 
 
 def test_worked_by_hand():
@@ -30,18 +34,29 @@ def test_iou_is_of_the_whole_batch():
     loss = CombinedIoULoss(0.0)
     together = loss(logits, label)
     assert together.item() == pytest.approx(loss(logits.view(1, 1, 3, 64), label.view(1, 1, 3, 64)).item(), rel=1e-5)
-    assert together.item() != pytest.approx(np.mean([loss(*one).item() for one in zip(logits, label, strict=True)]))
+    assert together.item() != pytest.approx(
+        np.mean([loss(*one).item() for one in zip(logits.split(1), label.split(1), strict=True)])
+    )
 
 
-def test_gradient_equals_numerical_one():
+@pytest.mark.parametrize("classes", [1, 3])
+def test_value_and_gradient_equal_numerical_ones(classes):
     rng = np.random.default_rng(0)
-    logits, label = rng.normal(size=12), (rng.random(12) > 0.5).astype(float)
-    tensor = torch.tensor(logits, requires_grad=True)
-    CombinedIoULoss(0.3)(tensor, torch.tensor(label)).backward()
-    for i in range(12):
-        step = np.eye(12)[i] * 1e-5
+    logits, label = rng.normal(size=(classes, 12)), rng.integers(0, 1 + classes, 12)
+    tensor = torch.tensor(logits.reshape(1, classes, 3, 4), requires_grad=True)
+    loss = CombinedIoULoss(0.3)(tensor, torch.tensor(label.reshape(1, 1, 3, 4)))
+    loss.backward()
+    assert loss.item() == pytest.approx(by_numpy(logits, label, 0.3), rel=1e-5)
+    for i in range(logits.size):
+        step = np.eye(logits.size)[i].reshape(logits.shape) * 1e-5
         slope = (by_numpy(logits + step, label, 0.3) - by_numpy(logits - step, label, 0.3)) / 2e-5
-        assert tensor.grad[i].item() == pytest.approx(slope, rel=1e-4)
+        assert tensor.grad.flatten()[i].item() == pytest.approx(slope, rel=1e-4)
+
+
+def test_one_class_is_binary_cross_entropy():
+    logits, label = 5 * torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8) > 0.7
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, label.float())
+    assert CombinedIoULoss(1.0)(logits, label).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -62,4 +77,4 @@ def test_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = CombinedIoULoss(0.0)(logits, label)
     assert loss.dtype == torch.float32  # in bfloat16 a sum of 90,000 ones stops at 256
-    assert loss.item() == pytest.approx(by_numpy(np.full(90000, 2.0), np.ones(90000), 0.0), rel=1e-4)
+    assert loss.item() == pytest.approx(by_numpy(np.full((1, 90000), 2.0), np.ones(90000), 0.0), rel=1e-4)

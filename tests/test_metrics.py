@@ -36,6 +36,35 @@ def test_equal_to_scikit_learn_over_batches_of_any_size(share):
     assert metrics.compute() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("threshold", [0.5, 0.2, 0.8])
+def test_several_classes_equal_scikit_learns(threshold):
+    rng, plain, at_thresholds, seen = np.random.default_rng(0), ChangeMetrics(3), ThresholdMetrics(3), []
+    for pairs in (4, 1):
+        label = rng.choice(4, (pairs, 1, 32, 24), p=[0.8, 0.1, 0.07, 0.03])
+        logits = rng.normal(size=(pairs, 3, 32, 24)) + 3 * (label == [[[1]], [[2]], [[3]]]) - 2
+        for metrics in (plain, at_thresholds):
+            metrics.update(torch.from_numpy(logits), torch.from_numpy(label.astype(np.uint8)))
+        odds = np.exp(logits).sum(1)
+        seen.append((label.ravel(), np.where(odds / (1 + odds) > threshold, 1 + logits.argmax(1), 0).ravel()))
+    truth, guess = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+    iou, dice = sk.jaccard_score(truth, guess, average=None), sk.f1_score(truth, guess, average=None)
+    expected = {f"iou_{i}": iou[i] for i in (1, 2, 3)} | {f"dice_{i}": dice[i] for i in (1, 2, 3)}
+    expected |= {"iou": iou[1:].mean(), "mean_iou": iou.mean(), "dice": dice[1:].mean(), "mean_dice": dice.mean()}
+    for name, score in (("precision", sk.precision_score), ("recall", sk.recall_score)):
+        expected[name] = score(truth, guess, average="macro", labels=[1, 2, 3])
+    expected["accuracy"] = sk.accuracy_score(truth, guess)
+    tolerance = 1e-12 if threshold == 0.5 else 0.01  # the nearest of the 321 thresholds
+    assert at_thresholds.compute(threshold) == pytest.approx(expected, abs=tolerance)
+    if threshold == 0.5:
+        assert plain.compute() == pytest.approx(expected, abs=1e-12)
+    curve, best = at_thresholds.curve(), at_thresholds.best_threshold()
+    assert at_thresholds.compute(best)["iou"] == pytest.approx(curve["iou"][1:].max())
+    right = (guess == truth) & (truth > 0)
+    at = np.abs(curve["threshold"] - threshold).argmin()
+    assert curve["recall"][at] == pytest.approx(right.sum() / (truth > 0).sum(), abs=tolerance)
+    assert curve["precision"][at] == pytest.approx(right.sum() / (guess > 0).sum(), abs=tolerance)
+
+
 def test_reset_forgets():
     metrics = ChangeMetrics()
     metrics.update(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
