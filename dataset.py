@@ -20,10 +20,10 @@ from data.pairs import Pairs
 class LEVIRCD(Dataset):
     """Pairs of co-registered images and the mask of what changed (LEVIR-CD: Chen and Shi 2020, doi:10.3390/rs12101662).
 
-    An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, 1}.
+    An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, …, num_classes}.
     Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
     bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop of the
-    same image: turned by a quarter, mirrored, and its dates swapped, each at random.
+    same image: turned by a quarter, mirrored and, with one class, its dates swapped, each at random.
 
     Args:
         root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif}`, one stem for the three files of a pair.
@@ -32,6 +32,7 @@ class LEVIRCD(Dataset):
         augment: random crops instead of tiles.
         cache_dir: folder for the decoded pairs, 7 bytes a pixel, filled once and shared by all processes;
             None decodes the files at each access.
+        num_classes: classes of change; the masks hold 0 and 255, or 0 to `num_classes`.
 
     Raises:
         DataError: files are missing, unreadable, of differing sizes, smaller than the crop, or not a mask.
@@ -44,10 +45,11 @@ class LEVIRCD(Dataset):
         crop_size: int | None = None,
         augment: bool = False,
         cache_dir: str | os.PathLike | None = None,
+        num_classes: int = 1,
     ) -> None:
         self.folder = Path(root) / split
         self.crop_size, self.augment = crop_size, augment
-        self.pairs = Pairs(self.folder, None if cache_dir is None else Path(cache_dir))
+        self.pairs = Pairs(self.folder, None if cache_dir is None else Path(cache_dir), num_classes)
         sizes = self.pairs.sizes
         if augment and crop_size and (small := np.flatnonzero(sizes.min(1) < crop_size)).size:
             raise DataError(
@@ -114,7 +116,7 @@ class LEVIRCD(Dataset):
         return pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))
 
     def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        """A crop, turned and mirrored, and whether to exchange its dates."""
+        """A crop, turned and mirrored, and whether to exchange its dates, which tell several classes apart."""
         height, width = array.shape[:2]
         size_y, size_x = self.crop_size or height, self.crop_size or width
         y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
@@ -123,7 +125,7 @@ class LEVIRCD(Dataset):
         crop = np.rot90(crop, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
-        return crop, rng.random() < 0.5
+        return crop, self.pairs.num_classes == 1 and rng.random() < 0.5
 
 
 class RandomBatches(Sampler):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -25,17 +23,18 @@ from tqdm import tqdm
 from data import processes
 from data.files import read_checkpoint, save, written_whole
 from data.make_demo import make_demo
-from data.options import OptionError, checked, has_bfloat16, parse, pick_device, recorded, typed
+from data.options import OptionError, checked, explanation, has_bfloat16, parse, pick_device, recorded, typed
 from data.runs import RunLog, describe, last_checkpoint, new_folder
-from dataset import LEVIRCD, DataError, color_jitter, make_loader
+from dataset import LEVIRCD, color_jitter, make_loader
 from losses import CombinedIoULoss, LossReader
-from metrics import ChangeMetrics, ThresholdMetrics, as_table
-from model import FusionUNet, ModelError
+from metrics import ChangeMetrics, ThresholdMetrics, as_logits, as_table
+from model import FusionUNet
 from visualize import plot_curves, plot_precision_recall, plot_predictions
 
 # DATA
 DATA_DIR: str = "data"  # holds train, val and, if there is one, test; a demo stands in for a missing data/train
 CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
+NUM_CLASSES: int = 1  # of change; 1: masks hold 0 and 255; more: 0 to this number, and the order of the dates counts
 CROP_SIZE: int | None = 256  # pixels, a side, in training and in validation; None: whole images
 BRIGHTNESS: float = 0.1  # colour jitter, drawn for each image: factor 1 ± this; 0: off
 CONTRAST: float = 0.1  # likewise
@@ -43,8 +42,9 @@ SATURATION: float = 0.1  # likewise
 HUE: float = 0.01  # likewise, as ± a share of the colour circle, up to 0.5; 0: off
 
 # MODEL
-WEIGHTS: str | None = "IMAGENET1K_V1"  # of torchvision's ResNet-50, fetched once (98 MB); None: untrained
-FREEZE_BACKBONE: bool = True  # False trains the ResNet-50 too: 28 M parameters instead of 5 M
+BACKBONE: str = "resnet50"  # torchvision's name: "resnet18", "convnext_tiny", "swin_t" or others with four strides
+WEIGHTS: str | None = "IMAGENET1K_V1"  # the backbone's in torchvision, fetched once (98 MB); None: untrained
+FREEZE_BACKBONE: bool = True  # False trains the backbone too: 28 M parameters instead of 5 M
 
 # OPTIMISATION
 BATCH_SIZE: int = 16  # pairs a step, of all GPUs together; halve it when their memory runs out
@@ -53,7 +53,7 @@ LEARNING_RATE: float = 1e-3  # its peak, for AdamW
 WEIGHT_DECAY: float = 1e-2  # AdamW's, decoupled; 0: off
 WARMUP_EPOCHS: float = 1.0  # the learning rate rises this long, then falls as a cosine to 0; 0: off
 CLIP_NORM: float = 1.0  # largest norm of a step's gradient; 0: off
-ALPHA: float = 0.5  # weight of BCE in the loss, the rest is soft IoU; 0..1
+ALPHA: float = 0.5  # weight of cross-entropy in the loss, the rest is soft IoU; 0..1
 
 # RUNTIME
 DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
@@ -101,8 +101,12 @@ def main(**overrides: object) -> dict[str, float]:
             last = last_checkpoint(config.RESUME)
             if config.EVALUATE is not None:
                 model = FusionUNet.load(config.EVALUATE, device)
+                if (classes := model.head.out_channels) != config.NUM_CLASSES:
+                    differs = f"{config.EVALUATE} tells {classes} classes apart; give {classes}"
+                    raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: {differs}")
             else:
-                model = FusionUNet(None if last else config.WEIGHTS, config.FREEZE_BACKBONE)
+                weights = None if last else config.WEIGHTS
+                model = FusionUNet(weights, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE)
                 model.to(device, memory_format=torch.channels_last)
         if not processes.is_main():
             return {} if config.EVALUATE else prefixed("val", fit(model, loaders, config, None, last))
@@ -129,7 +133,7 @@ def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, Dat
     augmented = "train" if config.EVALUATE is None else None
     return {
         split: make_loader(
-            LEVIRCD(config.DATA_DIR, split, crop_size, split == augmented, config.CACHE_DIR),
+            LEVIRCD(config.DATA_DIR, split, crop_size, split == augmented, config.CACHE_DIR, config.NUM_CLASSES),
             config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda",
         )
         for split, crop_size in crop_sizes.items()
@@ -168,6 +172,8 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         needed = given["SPLIT"] if given["EVALUATE"] else "train"
         demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, str(needed)).is_dir()
         began, constants = {"demo": demo}, constants | DEMO | overrides if demo else given
+        if demo and constants["NUM_CLASSES"] != 1:
+            constants["DATA_DIR"] += "_classes"
         if processes.is_main() and given["RUN_NAME"] and Path("runs", str(given["RUN_NAME"])).exists():
             raise OptionError(f"RUN_NAME={given['RUN_NAME']}: that folder of runs/ is there already; name another")
     constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
@@ -181,7 +187,7 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
         print(f"NO DATA in data (see data/README.md): USING THE DEMO with {used}", flush=True)
         if not Path(constants["DATA_DIR"]).is_dir():
-            make_demo(constants["DATA_DIR"])
+            make_demo(constants["DATA_DIR"], num_classes=constants["NUM_CLASSES"])
     return SimpleNamespace(**constants | {"RESUME": given["RESUME"]}), began
 
 
@@ -209,8 +215,9 @@ def fit(
     for epoch in range(done + 1, config.EPOCHS + 1):
         # An epoch's order, crops and colours follow from the seed and its number alone.
         torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
-        metrics, learning_rate = ThresholdMetrics(), scheduler.get_last_lr()[0]
-        train = run_pass(trained, loaders["train"], config, ChangeMetrics(), optimizer, scheduler, f"epoch {epoch}")
+        metrics, learning_rate = ThresholdMetrics(config.NUM_CLASSES), scheduler.get_last_lr()[0]
+        counts = ChangeMetrics(config.NUM_CLASSES)
+        train = run_pass(trained, loaders["train"], config, counts, optimizer, scheduler, f"epoch {epoch}")
         val = run_pass(model, loaders["val"], config, metrics, name="validation")
         model.threshold = metrics.best_threshold()
         is_best = val["iou"] > best["iou"]
@@ -308,12 +315,13 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
         The split's scores in crops at 0.5 (`test_iou`) and at the checkpoint's threshold (`test_tuned_iou`), of whole
         images (`test_whole_iou`, `test_whole_tuned_iou`), `test_average_precision` and `test_threshold`.
     """
-    split, crops, whole, rows = loader.dataset.folder.name, ThresholdMetrics(), ThresholdMetrics(), []
+    split, rows = loader.dataset.folder.name, []
+    crops, whole = ThresholdMetrics(config.NUM_CLASSES), ThresholdMetrics(config.NUM_CLASSES)
     run_pass(model, loader, SimpleNamespace(**vars(config) | {"AMP": False}), crops, name=split)  # as `predict` does
-    images = LEVIRCD(config.DATA_DIR, split, cache_dir=config.CACHE_DIR)
+    images = LEVIRCD(config.DATA_DIR, split, cache_dir=config.CACHE_DIR, num_classes=config.NUM_CLASSES)
     for index in tqdm(range(len(images)), desc=f"{split}, whole images", unit="pair", leave=False, disable=None):
         image_a, image_b, label = images[index]
-        logits, image = model.predict(image_a, image_b).logit()[None, None], ChangeMetrics()
+        logits, image = as_logits(model.predict(image_a, image_b)), ChangeMetrics(config.NUM_CLASSES)
         whole.update(logits, label[None])
         image.update(logits, label[None])
         rows.append({"index": index, "name": images.name(index), **image.compute()})
@@ -379,20 +387,9 @@ if __name__ == "__main__":
         signal.signal(number, take_signal)
     try:
         main(**parse(sys.argv[1:], typing.get_type_hints(sys.modules[__name__])))
-    except (OptionError, DataError, ModelError, FloatingPointError, OSError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC  # then the message may name no file
-        message = "a disk is full: free some of it, then go on" if full else str(error).splitlines()[-1]
-        # The last line of several, if it comes from a worker; there it has the error's name.
-        sys.exit(f"error: {re.sub(r'^[a-zA-Z.]+Error: ', '', message)}")
-    except MemoryError:
-        sys.exit("error: the memory ran out: lower BATCH_SIZE or CROP_SIZE")
-    except torch.OutOfMemoryError as error:  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
-        sys.exit(f"error: {str(error).partition(' Of the allocated')[0]} Lower BATCH_SIZE or CROP_SIZE")
-    except RuntimeError as error:
-        if interrupt.signal:  # another process of torchrun's was a step ahead when it came
+    except Exception as error:
+        if interrupt.signal and isinstance(error, RuntimeError):  # another process of torchrun's was a step ahead
             sys.exit(128 + interrupt.signal)
-        if "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError):
-            sys.exit("error: another process of this run has ended; it says why")
-        if "DataLoader worker" not in str(error):
+        if (line := explanation(error, memory="BATCH_SIZE or CROP_SIZE")) is None:
             raise
-        sys.exit(f"error: a process that loads data died, perhaps for want of memory: lower NUM_WORKERS ({error})")
+        sys.exit(f"error: {line}")

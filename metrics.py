@@ -137,6 +137,12 @@ class ThresholdMetrics(ChangeMetrics):
         return self._gathered().double().flip(2).cumsum(2).flip(2).movedim(2, 0).numpy()
 
 
+def as_logits(probability: Tensor) -> Tensor:
+    """(1, K, H, W), as the metrics take it, of what `FusionUNet.predict` gives: (H, W), or (K, H, W) of several."""
+    probability = probability.reshape(1, -1, *probability.shape[-2:])
+    return (probability / (1 - probability.sum(1, keepdim=True))).log()
+
+
 def as_table(rows: dict[str, dict[str, float]]) -> str:
     """Scores by row name as text, Dice under its other name, F1."""
     columns = ["precision", "recall", "dice", "iou", "mean_dice", "mean_iou", "accuracy"]

@@ -1,24 +1,20 @@
-"""FusionUNet: a UNet over a frozen ResNet-50 that sees both dates and fuses their features at every scale."""
+"""FusionUNet: a UNet over a frozen backbone that sees both dates and fuses their features at every scale."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import pickle
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
+from data.backbone import STRIDES, cut_into_stages, fold
 from data.files import CHECKPOINTS, ModelError, read_checkpoint
 from data.images import DataError, ImageLike, as_tensor
 
 FUSED_CHANNELS = (32, 64, 128, 192, 256)  # width of the decoder at strides 2, 4, 8, 16 and 32
-STRIDE = 32  # pixels, of the coarsest features
 OVERLAP = 256  # pixels that neighbouring tiles of a large image share
 
 
@@ -34,19 +30,22 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Fusion(nn.Module):
-    """Both dates' features, narrowed by one 1 × 1 convolution for both; their sum and |difference| mixed by a 3 × 3.
+    """Both dates' features, narrowed by one 1 × 1 convolution for both; their sum and difference mixed by a 3 × 3.
 
-    These hold both dates' features but not their order: houses built and houses pulled down need not be learned twice.
+    Of the difference the sign is dropped, unless classes of change are told apart by it: then houses built and houses
+    pulled down need not be learned twice.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, ordered: bool):
         super().__init__()
+        self.ordered = ordered
         self.narrow = ConvNormReLU(in_channels, out_channels, 1)
         self.mix = ConvNormReLU(2 * out_channels, out_channels, 3)
 
     def forward(self, features: Tensor) -> Tensor:
         before, after = self.narrow(features).chunk(2)  # (N, out_channels, h, w) each
-        return self.mix(torch.cat([before + after, (before - after).abs()], dim=1))
+        difference = after - before
+        return self.mix(torch.cat([before + after, difference if self.ordered else difference.abs()], dim=1))
 
 
 class Up(nn.Module):
@@ -66,37 +65,39 @@ class FusionUNet(nn.Module):
     """Change logits from two co-registered images.
 
     A Siamese UNet (Ronneberger et al. 2015, doi:10.1007/978-3-319-24574-4_28; Daudt et al. 2018,
-    doi:10.1109/ICIP.2018.8451652) whose encoder is torchvision's ResNet-50 (He et al. 2016,
-    doi:10.1109/CVPR.2016.90).
+    doi:10.1109/ICIP.2018.8451652) whose encoder is a classifier of torchvision's, such as the ResNet-50 (He et al.
+    2016, doi:10.1109/CVPR.2016.90).
 
     Args:
-        weights: name of a `torchvision.models.ResNet50_Weights` member; None for an untrained backbone.
+        weights: name of a member of the backbone's weights in torchvision; None for an untrained one.
         freeze_backbone: the backbone gets no gradients and its BatchNorm statistics stay as they are, in training too.
-        out_channels: logits per pixel.
+        out_channels: logits per pixel, one for each class of change; the logit of "unchanged" is 0.
+        backbone: name of a classifier of torchvision's with features at strides 4, 8, 16 and 32.
 
     Raises:
-        ModelError: the weights have an unknown name or can't be fetched.
+        ModelError: the backbone or the weights have an unknown name or can't be had.
     """
 
-    def __init__(self, weights: str | None = "IMAGENET1K_V1", freeze_backbone: bool = True, out_channels: int = 1):
+    def __init__(
+        self,
+        weights: str | None = "IMAGENET1K_V1",
+        freeze_backbone: bool = True,
+        out_channels: int = 1,
+        backbone: str = "resnet50",
+    ):
         super().__init__()
-        self.freeze_backbone = freeze_backbone
+        self.freeze_backbone, self.backbone = freeze_backbone, backbone
         self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets that of the checkpoint
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
-        resnet = _resnet50(weights)
-        self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
-        self.maxpool = resnet.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4
-        self._folded: list[nn.Module] | None = None
+        self.stages, channels, self._channels_last = cut_into_stages(backbone, weights)
         if freeze_backbone:
-            for module in self._backbone():
-                module.requires_grad_(False)
+            fold(self.stages.eval().requires_grad_(False))
 
-        c2, c4, c8, c16, c32 = FUSED_CHANNELS
-        self.fuse2, self.fuse4 = Fusion(64, c2), Fusion(256, c4)
-        self.fuse8, self.fuse16, self.fuse32 = Fusion(512, c8), Fusion(1024, c16), Fusion(2048, c32)
+        ordered, (c2, c4, c8, c16, c32) = out_channels > 1, FUSED_CHANNELS
+        fusions = [Fusion(*narrowed, ordered) for narrowed in zip(channels, FUSED_CHANNELS, strict=True)]
+        self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
         self.head = nn.Conv2d(c2, out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: begin at 5 % (Lin et al. 2017, arXiv:1708.02002)
@@ -110,7 +111,7 @@ class FusionUNet(nn.Module):
             image_b: the image after, likewise.
 
         Returns:
-            (N, out_channels, H, W); positive means changed.
+            (N, out_channels, H, W); of one channel, positive means changed.
         """
         f2, f4, f8, f16, f32 = self.encode(image_a, image_b)
         x = self.fuse32(f32)  # (N, 256, H/32, W/32)
@@ -126,29 +127,26 @@ class FusionUNet(nn.Module):
         """The backbone's features of both dates, first all A then all B, at strides 2, 4, 8, 16 and 32.
 
         H and W are enlarged to multiples of 32 by repeating the last column and row, so that each scale halves exactly.
+        Where a backbone begins with stride 4, the features at stride 2 are the pixels themselves, 2 × 2 of each band.
         """
         images = torch.cat([image_a, image_b])  # (2N, 3, H, W)
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        images = F.pad(images, (0, -images.shape[-1] % STRIDE, 0, -images.shape[-2] % STRIDE), mode="replicate")
-        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        if self.freeze_backbone and self._folded is None:
-            self._fold()
-        stem, layer1, layer2, layer3, layer4 = self._folded or self._backbone()
+        end = STRIDES[-1]
+        images = F.pad(images, (0, -images.shape[-1] % end, 0, -images.shape[-2] % end), mode="replicate")
+        x = images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        features = [] if "2" in self.stages else [F.pixel_unshuffle(images, 2)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            f2 = stem(images)  # (2N, 64, H/2, W/2)
-            f4 = layer1(self.maxpool(f2))  # (2N, 256, H/4, W/4)
-            f8 = layer2(f4)  # (2N, 512, H/8, W/8)
-            f16 = layer3(f8)  # (2N, 1024, H/16, W/16)
-            f32 = layer4(f16)  # (2N, 2048, H/32, W/32)
-        return [f2, f4, f8, f16, f32]
+            for stage in self.stages.values():  # of a ResNet-50 64, 256, 512, 1024 and 2048 channels
+                x = stage(x)
+                features.append(x.permute(0, 3, 1, 2) if self._channels_last else x)
+        return features
 
     def train(self, mode: bool = True) -> FusionUNet:
         """Training mode for all but a frozen backbone, whose BatchNorm would otherwise go on learning."""
         super().train(mode)
         if self.freeze_backbone:
-            for module in self._backbone():
-                module.eval()
+            self.stages.eval()
         return self
 
     def predict(self, image_a: ImageLike, image_b: ImageLike, tile_size: int = 1024, tta: bool = False) -> Tensor:
@@ -164,7 +162,7 @@ class FusionUNet(nn.Module):
             tta: test-time augmentation, average over flips and quarter turns; takes eight times as long.
 
         Returns:
-            float32 (H, W) in 0..1, on the CPU.
+            float32 (H, W) in 0..1, on the CPU; with several classes of change (out_channels, H, W), of each.
 
         Raises:
             DataError: an image that can't be read or is of another kind or size, or a tile size that doesn't fit.
@@ -173,31 +171,32 @@ class FusionUNet(nn.Module):
         kinds = [f"{image.dtype} {tuple(image.shape)}" for image in (image_a, image_b)]
         if kinds[0] != kinds[1]:
             raise DataError(f"a pair of two kinds or sizes, {' and '.join(kinds)}: give two images of one")
-        if tile_size % STRIDE or tile_size < 2 * OVERLAP:
-            raise DataError(f"tile_size={tile_size}: must be a multiple of {STRIDE}, {2 * OVERLAP} or more")
+        if tile_size % STRIDES[-1] or tile_size < 2 * OVERLAP:
+            raise DataError(f"tile_size={tile_size}: must be a multiple of {STRIDES[-1]}, {2 * OVERLAP} or more")
         views = list(itertools.product(range(4), (False, True))) if tta else [(0, False)]
         rows, columns = (_blending(length, tile_size) for length in image_a.shape[1:])
         was_training, device, tiles = self.training, self.mean.device, len(rows) * len(columns)
-        probability = torch.zeros(image_a.shape[1:])
+        probability = torch.zeros(self.head.out_channels, *image_a.shape[1:])
         self.eval()
         try:
             with torch.inference_mode(), tqdm(total=tiles, unit="tile", leave=False, disable=None, delay=1) as bar:
                 for (y, weight_y), (x, weight_x) in itertools.product(rows, columns):
-                    window = slice(y, y + len(weight_y)), slice(x, x + len(weight_x))
-                    tile = torch.stack([image_a[:, *window], image_b[:, *window]]).to(device)
+                    window = slice(None), slice(y, y + len(weight_y)), slice(x, x + len(weight_x))
+                    tile = torch.stack([image_a[window], image_b[window]]).to(device)
                     probability[window] += weight_y[:, None] * weight_x * self._predict_tile(tile, views).cpu()
                     bar.update()
         finally:
             self.train(was_training)
-        return probability.clamp_(max=1)  # weights add up to 1 but for rounding
+        return probability.clamp_(max=1).squeeze(0)  # weights add up to 1 but for rounding
 
     def _predict_tile(self, pair: Tensor, views: list[tuple[int, bool]]) -> Tensor:
-        """Probability (h, w) for (2, 3, h, w), averaged over views: quarter turns, and whether to mirror then."""
-        probability = torch.zeros(pair.shape[-2:], device=pair.device)
+        """Probability (K, h, w) for (2, 3, h, w), averaged over views: quarter turns, and whether to mirror then."""
+        probability = torch.zeros(1, device=pair.device)
         for turns, mirrored in views:
             view = torch.rot90(pair, turns, (-2, -1))
-            logits = self(*(view.flip(-1) if mirrored else view)[:, None])[0, 0]
-            probability += torch.rot90(logits.flip(-1) if mirrored else logits, -turns).sigmoid() / len(views)
+            logits = self(*(view.flip(-1) if mirrored else view)[:, None])[0]
+            logits = torch.rot90(logits.flip(-1) if mirrored else logits, -turns, (-2, -1))
+            probability = probability + F.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(0)[1:] / len(views)
         return probability
 
     @classmethod
@@ -224,28 +223,9 @@ class FusionUNet(nn.Module):
 
     def checkpoint(self) -> dict:
         """All that `load` needs to give this model back."""
-        model_args = {"freeze_backbone": self.freeze_backbone, "out_channels": self.head.out_channels}
+        model_args = {"out_channels": self.head.out_channels, "backbone": self.backbone}
+        model_args["freeze_backbone"] = self.freeze_backbone
         return {"model_args": model_args, "model": self.state_dict(), "threshold": self.threshold}
-
-    def _backbone(self) -> list[nn.Module]:
-        return [self.stem, self.layer1, self.layer2, self.layer3, self.layer4]
-
-    @torch.compiler.disable
-    @torch.inference_mode(False)
-    def _fold(self) -> None:
-        """Copy the frozen backbone with each BatchNorm folded into its convolution: the same features, sooner."""
-        self._folded = [fuse(stage) for stage in self._backbone()]
-
-    def _apply(self, *args: object, **kwargs: object) -> FusionUNet:  # behind `to`, `cuda`, `half` and the like
-        before = self.mean
-        super()._apply(*args, **kwargs)
-        if (before.device, before.dtype) != (self.mean.device, self.mean.dtype):
-            self._folded = None
-        return self
-
-    def _load_from_state_dict(self, *args: object) -> None:  # behind `load_state_dict`
-        self._folded = None
-        super()._load_from_state_dict(*args)
 
 
 def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
@@ -254,7 +234,7 @@ def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
     They add up to 1. From an inner edge on they are 0 for a quarter of the overlap, where the tile lacks its
     surroundings, then rise in a straight line over the next half.
     """
-    end = length + -length % STRIDE
+    end = length + -length % STRIDES[-1]
     starts = [*range(0, max(0, end - tile_size), tile_size - OVERLAP), max(0, end - tile_size)]
     pixel = torch.arange(length)
     weights = torch.ones(len(starts), length)
@@ -264,36 +244,3 @@ def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
         weight[:] = ((torch.minimum(left, right) - OVERLAP / 4) / (OVERLAP / 2)).clamp(0, 1)
     weights /= weights.sum(0)
     return [(start, weight[start : start + tile_size]) for start, weight in zip(starts, weights, strict=True)]
-
-
-def _resnet50(weights: str | None) -> torchvision.models.ResNet:
-    """The ResNet-50, its weights from torchvision's cache or fetched into it."""
-    known = torchvision.models.ResNet50_Weights
-    if weights is None:
-        return _untrained_resnet50()
-    if weights not in known.__members__:
-        raise ModelError(f"WEIGHTS={weights}: unknown; there are {', '.join(known.__members__)} and None")
-    try:
-        return torchvision.models.resnet50(weights=weights)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # not fetched, or a broken file
-        url, reason = known[weights].url, str(error).partition("\n")[0]
-        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        message = f"the ImageNet weights can't be had ({reason}): put {url} at {file}, or set WEIGHTS=None"
-        raise ModelError(message) from error
-
-
-def _untrained_resnet50() -> torchvision.models.ResNet:
-    """A ResNet-50 of random weights whose BatchNorm statistics were measured on noise.
-
-    At 0 and 1 they normalise nothing, and what tells places apart fades (Krähenbühl et al. 2016, arXiv:1511.06856).
-    """
-    resnet = torchvision.models.resnet50()
-    norms = [module for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0  # the statistics of the one batch, not a share of them
-    octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
-    with torch.no_grad():
-        resnet.train()(sum(octaves))
-    for norm in norms:
-        norm.momentum = 0.1
-    return resnet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 import sys
@@ -22,11 +23,12 @@ from torch.utils.data import Dataset
 
 from data.georeference import Place, common_place, world_file
 from data.images import DataError, check_headers, find_pairs, read_rgb
-from data.options import OptionError, parse, pick_device
-from model import FusionUNet, ModelError
+from data.options import OptionError, explanation, parse, pick_device
+from model import FusionUNet
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
-OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442"}
+OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442", "wrong class": "#cc79a7"}
+CLASSES = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")  # again from the start if more
 COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
 CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across
 FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
@@ -46,7 +48,7 @@ def plot_predictions(
 
     Args:
         model: the detector; its mode and its device are left as they were.
-        dataset: gives (uint8 (3, H, W), uint8 (3, H, W), uint8 (1, H, W) in {0, 1}) at an index.
+        dataset: gives (uint8 (3, H, W), uint8 (3, H, W), uint8 (1, H, W) in {0, …, K}) at an index.
         device: where to predict.
         num_samples: rows, spread evenly over the data set; all of it where it holds fewer.
         path: PNG to write, its folder made where missing; None writes nothing.
@@ -73,7 +75,8 @@ def plot_predictions(
         model.to(device)
         for row, index in enumerate(items):
             image_a, image_b, label = dataset[index]
-            _draw_row(axis, row, image_a, image_b, label[0].numpy() > 0, model.predict(image_a, image_b).numpy())
+            probability = model.predict(image_a, image_b).numpy()
+            _draw_row(axis, row, image_a, image_b, label[0].numpy(), probability)
     finally:
         model.to(home)
     names = [dataset.name(index) if hasattr(dataset, "name") else index for index in items]
@@ -81,28 +84,48 @@ def plot_predictions(
     axis.set_xticks(np.arange(len(COLUMNS)) + 0.5, COLUMNS, fontsize=FONT["axes.titlesize"])
     axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center")
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in OUTCOMES.items()]
-    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False)
+    colours = dict(list(OUTCOMES.items())[:3])
+    if probability.ndim == 3:
+        classes = _class_colours(len(probability))[1:]
+        colours = {f"class {i}": colour for i, colour in enumerate(classes, 1)} | OUTCOMES
+    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(colours), frameon=False)
     return _saved(figure, path)
+
+
+def _class_colours(num_classes: int) -> np.ndarray:
+    """RGB in 0..1, (1 + num_classes, 3): black where nothing changed, and white or a colour for each class."""
+    colours = itertools.islice(itertools.cycle(CLASSES), num_classes) if num_classes > 1 else ["white"]
+    return np.array([to_rgb(colour) for colour in ("black", *colours)])
+
+
+def _classes(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """uint8 (H, W) of a probability (H, W) or (K, H, W): the likeliest class where change is likelier than that."""
+    of_each = probability.reshape(-1, *probability.shape[-2:])
+    return ((of_each.sum(0) > threshold) * (1 + of_each.argmax(0))).astype(np.uint8)
 
 
 def _draw_row(
     axis: Axes, row: int, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
 ) -> None:
-    prediction = probability > 0.5
-    union, hits = (truth | prediction).sum(), (truth & prediction).sum()
+    num_classes, prediction = 1 if probability.ndim == 2 else len(probability), _classes(probability, 0.5)
+    labelled, predicted = truth > 0, prediction > 0
+    outcomes = (
+        labelled & (truth == prediction), labelled & ~predicted, predicted & ~labelled,
+        labelled & predicted & (truth != prediction),
+    )  # fmt: skip
+    union, hits = (labelled | predicted).sum(), outcomes[0].sum()
     every = (slice(None, None, -(-max(truth.shape) // 512)),) * 2  # no more pixels than a row can show
-    truth, prediction, probability = truth[every], prediction[every], probability[every]
-    errors = np.zeros((*truth.shape, 3))
-    outcomes = (truth & prediction, truth & ~prediction, ~truth & prediction)
+    errors = np.zeros((*truth[every].shape, 3))
     for colour, where in zip(OUTCOMES.values(), outcomes, strict=True):
-        errors[where] = to_rgb(colour)
+        errors[where[every]] = to_rgb(colour)
     before, after = (image.permute(1, 2, 0).numpy()[every] for image in (image_a, image_b))
-    height, width = 0.44 * np.array(truth.shape) / max(truth.shape)  # from the middle of the square
+    truth, prediction = (_class_colours(num_classes)[mask[every]] for mask in (truth, prediction))
+    probability = probability.reshape(-1, *probability.shape[-2:]).sum(0)[every]
+    height, width = 0.44 * np.array(errors.shape[:2]) / max(errors.shape)  # from the middle of the square
     for x, picture in enumerate((before, after, truth, prediction, errors, probability)):
         extent = (x + 0.5 - width, x + 0.5 + width, row + 0.5 + height, row + 0.5 - height)
-        colours = "cividis" if picture is probability else "gray"
-        axis.imshow(picture, cmap=colours, vmin=0, vmax=1, interpolation="antialiased", extent=extent)
+        axis.imshow(picture, cmap="cividis", vmin=0, vmax=1, interpolation="antialiased", extent=extent)
     score = f"IoU {hits / union:.2f}" if union else "no change, none found"
     axis.text(COLUMNS.index("errors") + 0.5, row + 0.51 + height, score, va="top", ha="center", fontsize=9)
 
@@ -166,7 +189,9 @@ def write_masks(
     tta: bool = False,
     device: str | None = None,
 ) -> None:
-    """Predict files; write the mask of each pair (0 and 255) and an overlay, and print the area that changed.
+    """Predict files; write the mask of each pair and an overlay, and print the area that changed.
+
+    A mask holds 0 and 255 or, of a model that tells K classes apart, 0 to K.
 
     A mask lies where its images lie: a TIFF by GeoTIFF tags, a PNG by a world file. No file is overwritten.
 
@@ -175,7 +200,7 @@ def write_masks(
         before: an image, a folder of images, or, without `after`, a folder that holds A and B.
         after: the image or folder after; files of two folders are paired by their stems.
         out: file to write for one pair, folder for folders; None for mask.png (mask.tif for a GeoTIFF) or masks.
-        probability: write the probability too, 0..65535 for 0..1.
+        probability: write the probability of change too, 0..65535 for 0..1.
         threshold: probability above which a pixel counts as changed; None for the checkpoint's, best on validation.
         pixel_size: metres; None for a GeoTIFF's own.
         tile_size: as in `FusionUNet.predict`.
@@ -196,11 +221,14 @@ def write_masks(
     for path_a, path_b, place, files in plan:
         image_b = read_rgb(path_b)
         chance = model.predict(path_a, image_b, tile_size, tta).numpy()
-        mask = chance > model.threshold
+        mask, area = _classes(chance, model.threshold), pixel_size**2 if pixel_size else place.pixel_area()
         _write(chance, mask, image_b, place, files if probability else files[:2])
-        changed, area = mask.sum(), pixel_size**2 if pixel_size else place.pixel_area()
-        metres = f", {changed * area:,.1f} m²" if area else ""
-        print(f"{files[0]}: {changed:,} of {mask.size:,} pixels changed ({mask.mean():.2%}){metres}", flush=True)
+        names = ["changed"] if chance.ndim == 2 else [f"of class {i}" for i in range(1, 1 + len(chance))]
+        for kind, name in enumerate(names, 1):
+            count = (mask == kind).sum()
+            metres = f", {count * area:,.1f} m²" if area else ""
+            share = f"{count:,} of {mask.size:,} pixels {name} ({count / mask.size:.2%})"
+            print(f"{files[0]}: {share}{metres}", flush=True)
 
 
 def _plan(before: Path, after: Path, out: str | None) -> list[tuple[Path, Path, Place, tuple[Path, ...]]]:
@@ -229,14 +257,17 @@ def _plan(before: Path, after: Path, out: str | None) -> list[tuple[Path, Path, 
 def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place, files: Sequence[Path]) -> None:
     """Save the mask, the image with what changed in colour, small enough to look at, and if asked the probability."""
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    mask = mask.astype(np.uint8) * 255
-    place.save(mask, files[0])
+    binary = chance.ndim == 2
+    place.save(mask * np.uint8(255) if binary else mask, files[0])
     factor = -(-max(mask.shape) // OVERLAY_SIDE)
     picture = np.asarray(Image.fromarray(image).reduce(factor)).astype(np.float32)
-    share = np.asarray(Image.fromarray(mask).reduce(factor))[..., None] / 255 * 0.6
-    colour = 255 * np.array(to_rgb(OUTCOMES["missed"]))
-    Image.fromarray((picture * (1 - share) + colour * share).round().astype(np.uint8)).save(files[1], quality=90)
+    colours = [OUTCOMES["missed"]] if binary else _class_colours(len(chance))[1:]
+    for kind, colour in enumerate(colours, 1):
+        share = np.asarray(Image.fromarray((mask == kind) * np.uint8(255)).reduce(factor))[..., None] / 255 * 0.6
+        picture = picture * (1 - share) + 255 * np.array(to_rgb(colour)) * share
+    Image.fromarray(picture.round().astype(np.uint8)).save(files[1], quality=90)
     for file in files[2:]:
+        chance = chance.reshape(-1, *mask.shape).sum(0).clip(max=1)
         place.save((chance * 65535).round().astype(np.uint16), file)
 
 
@@ -248,9 +279,9 @@ if __name__ == "__main__":
         if len(paths) not in (2, 3):
             raise OptionError("give CHECKPOINT BEFORE AFTER, or CHECKPOINT FOLDER, a folder that holds A and B")
         write_masks(*paths, **{name.lower(): value for name, value in parse(options, hints).items()})
-    except (OptionError, DataError, ModelError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit("error: the memory ran out: lower TILE_SIZE")
+    except Exception as error:
+        if (line := explanation(error, memory="TILE_SIZE")) is None:
+            raise
+        sys.exit(f"error: {line}")
     except KeyboardInterrupt:
         sys.exit(130)

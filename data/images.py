@@ -115,18 +115,26 @@ def read_rgb(path: Path, mask: bool = False) -> np.ndarray:
             raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """uint8 (H, W) in {0, 1} of a mask in {0, 1} or {0, 255}, in any mode that shows it."""
+def read_mask(path: Path, num_classes: int = 1) -> np.ndarray:
+    """uint8 (H, W) in {0, …, num_classes} of a mask of these values or, of one class, of 0 and 255.
+
+    Raises:
+        DataError: as `read_rgb`, or the mask holds other values.
+    """
     rgb = read_rgb(path, mask=True)
     mask = rgb[..., 0]
-    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
-    if not (np.isin(values, (0, 255)).all() or np.isin(values, (0, 1)).all()) or (rgb != mask[..., None]).any():
-        with _open(path, mask=True) as image:  # a palette may show the classes 0 and 1 in any two colours
-            mask = np.asarray(image) if image.mode == "P" else mask
-        if mask.max() > 1:
-            shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
-            raise DataError(f"{path}: a mask holds 0 and 255 (or 0 and 1) alone, this one {shown}; save it as PNG")
-    return (mask > 0).astype(np.uint8)
+    values, grey = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)), (rgb == mask[..., None]).all()
+    if num_classes == 1 and grey and np.isin(values, (0, 255)).all():
+        return (mask > 0).astype(np.uint8)
+    with _open(path, mask=True) as image:  # a palette may show the classes in any colours
+        mask, grey = (np.array(image), True) if image.mode == "P" else (mask, grey)
+    if not grey or mask.max() > num_classes:
+        shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
+        meant = "0 and 255 (or 0 and 1)" if num_classes == 1 else f"0 to {num_classes}"
+        raise DataError(
+            f"{path}: a mask holds {meant} alone where NUM_CLASSES={num_classes}, this one {shown}; save it as PNG"
+        )
+    return mask
 
 
 def as_tensor(image: ImageLike) -> Tensor:

@@ -2,7 +2,8 @@
 
 Each pair shows a made-up suburb from above at two dates. Houses with hipped roofs and shadows stay, appear or go;
 only those that appear or go are in the mask. Everything else that differs is there to mislead a detector: the light,
-turning shadows, trees, cars, bare soil, lawns, a shift of up to 1.5 pixels and the sensor's noise.
+turning shadows, trees, cars, bare soil, lawns, a shift of up to 1.5 pixels and the sensor's noise. With three classes
+of change, roads may be new too.
 
     python data/make_demo.py [FOLDER]
 """
@@ -20,6 +21,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from data.images import DataError
+
+CLASSES = ("new house", "gone house", "new road")  # 1, 2 and 3 in the masks, if three are told apart
 SPLITS = {"train": 128, "val": 32, "test": 32}  # pairs
 SIZE = 256  # pixels, a side
 FINE = 2  # drawn this much larger, then averaged down, so that edges are smooth
@@ -50,37 +54,40 @@ class House:
         return _rectangle(self.centre, self.angle, length, width, along, across)
 
 
-def make_demo(folder: str | Path, seed: int = 0, splits: dict[str, int] | None = None) -> None:
+def make_demo(folder: str | Path, seed: int = 0, splits: dict[str, int] | None = None, num_classes: int = 1) -> None:
     """Write the demo's pairs as `folder/SPLIT/{A,B,label}/NAME.png`; the same seed draws the same pixels.
 
     Args:
         folder: appears once it is whole; is left as it is where it is there already.
         seed: of the whole set.
         splits: number of pairs by split; None for `SPLITS`.
+        num_classes: 1, masks hold 0 and 255; or 3, 0 to 3: `CLASSES`.
     """
+    if num_classes not in (1, len(CLASSES)):
+        raise DataError(f"NUM_CLASSES={num_classes}: the demo has 1 or {len(CLASSES)}; bring data of your own")
     splits, part = splits or SPLITS, Path(f"{folder}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):  # of two that begin together one draws
         if not Path(folder).is_dir():
-            _draw_splits(part, seed, splits)
+            _draw_splits(part, seed, splits, num_classes)
             os.replace(part, folder)
 
 
-def _draw_splits(part: Path, seed: int, splits: dict[str, int]) -> None:
+def _draw_splits(part: Path, seed: int, splits: dict[str, int], num_classes: int) -> None:
     shutil.rmtree(part, ignore_errors=True)  # left by a run that was stopped
     with tqdm(total=sum(splits.values()), desc="drawing the demo", unit="pair", leave=False, disable=None) as bar:
         for number, (split, pairs) in enumerate(splits.items()):
             for name in ("A", "B", "label"):
                 (part / split / name).mkdir(parents=True)
             for index in range(pairs):
-                images = draw_pair(np.random.default_rng([seed, number, index]))
+                images = draw_pair(np.random.default_rng([seed, number, index]), num_classes)
                 for name, image in zip(("A", "B", "label"), images, strict=True):
                     Image.fromarray(image).save(part / split / name / f"demo_{index:03}.png", compress_level=1)
                 bar.update()
 
 
-def draw_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One place at two dates: uint8 (256, 256, 3) before and after, uint8 (256, 256) mask of 0 and 255."""
+def draw_pair(rng: np.random.Generator, num_classes: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One place at two dates: uint8 (256, 256, 3) before and after, uint8 (256, 256) mask of 0 and 255, or 0 to 3."""
     street = rng.uniform(0, np.pi)
     roads = _roads(rng, street)
     houses = _houses(rng, street, roads)
@@ -89,20 +96,24 @@ def draw_pair(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndar
     ground = base + 9 * _noise(rng, 40)[..., None] + 7 * _noise(rng, 8)[..., None] + 4 * _noise(rng, 2)[..., None]
 
     sun = rng.uniform(0, 2 * np.pi)
-    images, label = [], np.zeros((SIZE, SIZE), bool)
-    for date in (0, 1):
+    new_road = len(roads) - 1 if num_classes > 1 and rng.random() < 0.5 else len(roads)
+    images, label = [], np.zeros((SIZE, SIZE), np.uint8)
+    for date, old_roads in enumerate((roads[:new_road], roads)):
         shift = rng.integers(-3, 4, 2)  # in fine pixels: up to 1.5 of the image's
         standing = [house for house in houses if house.dates[date]]
-        image = _draw_ground(rng, ground, roads, houses, date)
-        image = _draw_objects(rng, image, roads, standing, trees[date], sun + rng.uniform(-0.5, 0.5))
+        image = _draw_ground(rng, ground, old_roads, houses, date)
+        image = _draw_objects(rng, image, old_roads, standing, trees[date], sun + rng.uniform(-0.5, 0.5))
         images.append(_expose(rng, _frame(image, shift)))
-        changed = Image.new("L", (EXTENT * FINE,) * 2)
-        for house in standing:
-            if not all(house.dates):
-                for wing in house.wings:
-                    _fill(ImageDraw.Draw(changed), house.corners(*wing), 255)
-        label |= _frame(changed, shift) > 127
-    return images[0], images[1], label.astype(np.uint8) * 255
+        changes = {3: [road for road, _ in old_roads[new_road:]]}
+        changes[2 - date] = [house.corners(*wing) for house in standing if not all(house.dates) for wing in house.wings]
+        for kind, polygons in changes.items():
+            changed = Image.new("L", (EXTENT * FINE,) * 2)
+            for polygon in polygons:
+                _fill(ImageDraw.Draw(changed), polygon, 255)
+            for road, _ in roads[:new_road] if kind == 3 else ():  # where roads cross
+                _fill(ImageDraw.Draw(changed), road, 0)
+            label[_frame(changed, shift) > 127] = kind if num_classes > 1 else 255
+    return images[0], images[1], label
 
 
 def _roads(rng: np.random.Generator, street: float) -> list[tuple[np.ndarray, float]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import errno
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 import torch
 
 from data import processes
+from data.files import ModelError
+from data.images import DataError
 
 # What may be changed when a run goes on; anything else would make it another experiment.
 CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
@@ -53,8 +57,9 @@ def checked(name: str, value: object, hint: type) -> object:
     """The value, if the constant can have it."""
     value = typed(name, value, hint)
     if isinstance(value, int | float):
-        least = 1 if name in ("CROP_SIZE", "BATCH_SIZE", "EPOCHS") else 0
-        most = {"ALPHA": 1, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1, "HUE": 0.5}.get(name, sys.maxsize)
+        least = 1 if name in ("CROP_SIZE", "NUM_CLASSES", "BATCH_SIZE", "EPOCHS") else 0
+        most = {"NUM_CLASSES": 255, "ALPHA": 1, "BRIGHTNESS": 1, "CONTRAST": 1, "SATURATION": 1, "HUE": 0.5}
+        most = most.get(name, sys.maxsize)
         if not least <= value <= most:
             raise OptionError(f"{name}={value}: must be {least} to {most}")
     if value == "":
@@ -82,6 +87,29 @@ def recorded(folder: str, overrides: dict[str, object]) -> dict:
     if isinstance(epochs := overrides.get("EPOCHS"), int) and epochs < began["EPOCHS"]:
         raise OptionError(f"EPOCHS={epochs}: may be raised, but the run began with {began['EPOCHS']}")
     return record
+
+
+def explanation(error: Exception, memory: str) -> str | None:
+    """One line for a person, of an error that is the input's or the machine's; None if it is the program's.
+
+    Args:
+        error: what ended the program.
+        memory: the options that save memory.
+    """
+    if getattr(error, "errno", None) == errno.ENOSPC:  # the message may name no file
+        return "a disk is full: free some of it, then go on"
+    if isinstance(error, OptionError | DataError | ModelError | FloatingPointError | OSError):
+        # The last line of several, if it comes from a worker; there it has the error's name.
+        return re.sub(r"^[a-zA-Z.]+Error: ", "", str(error).splitlines()[-1])
+    if isinstance(error, MemoryError):
+        return f"the memory ran out: lower {memory}"
+    if isinstance(error, torch.OutOfMemoryError):  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
+        return f"{str(error).partition(' Of the allocated')[0]} Lower {memory}"
+    if "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError):
+        return "another process of this run has ended; it says why"
+    if "DataLoader worker" in str(error):
+        return f"a process that loads data died, perhaps for want of memory: lower NUM_WORKERS ({error})"
+    return None
 
 
 def pick_device(name: str | None) -> torch.device:

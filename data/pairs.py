@@ -26,6 +26,7 @@ class Pairs:
     Args:
         folder: holds `{A,B,label}/NAME.{png,jpg,tif}`.
         cache_dir: keeps what was checked and decoded, until a file changes its size or time; None: nothing is kept.
+        num_classes: classes of change in the masks.
 
     Attributes:
         sizes: int64 (pairs, 2), height and width in pixels.
@@ -34,8 +35,8 @@ class Pairs:
         DataError: a file is missing, can't be read or is no such image, or a pair has more than one size.
     """
 
-    def __init__(self, folder: Path, cache_dir: Path | None):
-        self.folder, self.cache_dir = folder, cache_dir
+    def __init__(self, folder: Path, cache_dir: Path | None, num_classes: int = 1):
+        self.folder, self.cache_dir, self.num_classes = folder, cache_dir, num_classes
         self._names = np.array(find_pairs(*(folder / part for part in PARTS)))  # str (pairs, 3)
         files = ((part, name) for names in self._names for part, name in zip(PARTS, names, strict=True))
         stats = (os.stat(f"{folder}/{part}/{name}") for part, name in files)
@@ -59,9 +60,9 @@ class Pairs:
         return tuple(self.folder / part / name for part, name in zip(PARTS, self._names[pair], strict=True))
 
     def load(self, pair: int) -> np.ndarray:
-        """uint8 (H, W, 7): three bands before, three after, the mask in {0, 1}; of a cached one only what is used."""
+        """uint8 (H, W, 7): three bands before, three after, the mask's classes; of a cached one only what is used."""
         if self.cache_dir is None:
-            return _decode(self.paths(pair))
+            return self._decode(pair)
         try:
             return np.load(self._cached(pair), mmap_mode="r")
         except (OSError, ValueError, EOFError):  # gone or damaged since it was filled
@@ -76,7 +77,7 @@ class Pairs:
 
     def _fill_cache(self) -> None:
         """Check and decode what hasn't been yet, and drop what was made of files as they were before."""
-        state = _digits(self._names.tobytes() + self._stats.tobytes())
+        state = _digits(self._names.tobytes() + self._stats.tobytes() + bytes([self.num_classes]))
         done = self.cache_dir / f"{_digits(self._root.encode())}-{state}.npy"
         with contextlib.suppress(OSError, ValueError, EOFError):
             self.sizes = np.load(done)
@@ -103,16 +104,16 @@ class Pairs:
     def _cached(self, pair: int) -> Path:
         files = zip(PARTS, self._names[pair].tolist(), strict=True)
         where = _digits("\n".join(f"{self._root}/{part}/{name}" for part, name in files).encode())
-        state = _digits(repr([tuple(stat) for stat in self._stats[pair].tolist()]).encode())
+        state = _digits(repr([self.num_classes, self._stats[pair].tolist()]).encode())
         return self.cache_dir / f"{where}-{state}.npy"
 
     def _decode_into_cache(self, pair: int) -> None:
         with written_whole(self._cached(pair), "wb") as file:
-            np.save(file, _decode(self.paths(pair)))
+            np.save(file, self._decode(pair))
 
-
-def _decode(paths: Sequence[Path]) -> np.ndarray:
-    return np.dstack([read_rgb(paths[0]), read_rgb(paths[1]), read_mask(paths[2])])
+    def _decode(self, pair: int) -> np.ndarray:
+        path_a, path_b, path_label = self.paths(pair)
+        return np.dstack([read_rgb(path_a), read_rgb(path_b), read_mask(path_label, self.num_classes)])
 
 
 def _digits(data: bytes) -> str:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -60,6 +60,11 @@ main.main(DATA_DIR=sys.argv[2], CACHE_DIR=None, CROP_SIZE=128, WEIGHTS=None, BAT
 class PlainUNet(FusionUNet):
     """The same network as it is often written: a pass for each date, float32, NCHW, no max-pool, nothing folded."""
 
+    def __init__(self) -> None:
+        super().__init__(weights=None, freeze_backbone=False)
+        self.freeze_backbone = True
+        self.stages.requires_grad_(False)
+
     def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
         """Features at strides 1 (enlarged), 2, 4, 8 and 16: twice as fine as those of `FusionUNet`."""
         with torch.no_grad():
@@ -67,8 +72,11 @@ class PlainUNet(FusionUNet):
         return [torch.cat(features) for features in zip(*dates, strict=True)]
 
     def _encode_one(self, image: Tensor) -> list[Tensor]:
-        features = [self.stem((image.float() / 255 - self.mean) / self.std)]
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+        layers = [
+            layer for stage in self.stages.values() for name, layer in stage.named_children() if name != "maxpool"
+        ]
+        features = [nn.Sequential(*layers[:3])((image.float() / 255 - self.mean) / self.std)]
+        for layer in layers[3:]:
             features.append(layer(features[-1]))
         return [F.interpolate(features[0], scale_factor=2), *features[1:]]
 
@@ -319,7 +327,7 @@ def listing(table: Table, folder: Path, pairs: int) -> None:
 
 def plain(table: Table, name: str, pairs: int, repeats: int = 2) -> float:
     """The plain version's step, in seconds."""
-    trainer = Trainer(PlainUNet(weights=None), table.device, amp=False)
+    trainer = Trainer(PlainUNet(), table.device, amp=False)
     batch = noise(pairs, 256, table.device)
     return table.seconds(name, lambda: trainer.step(*batch), repeats)
 

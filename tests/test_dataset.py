@@ -82,6 +82,34 @@ def test_masks_of_every_kind(tmp_path, image):
     assert np.array_equal(LEVIRCD(tmp_path, "val")[0][2][0], MASK)
 
 
+def test_masks_of_several_classes(tmp_path):
+    classes, cache = np.array([[0, 1], [2, 3], [0, 3]], np.uint8), tmp_path / "cache"
+    coloured = Image.fromarray(classes).convert("P")
+    coloured.putpalette([0, 0, 0, 200, 9, 9, 9, 200, 9, 9, 9, 200])
+    for stem, image in (("grey", Image.fromarray(classes)), ("palette", coloured), ("binary", Image.fromarray(MASK))):
+        write_pair(tmp_path / "val", stem, *[np.zeros((3, 2, 3), np.uint8)] * 2, MASK)
+        image.save(tmp_path / "val" / "label" / f"{stem}.png")
+    for _ in range(2):
+        binary, grey, palette = LEVIRCD(tmp_path, "val", cache_dir=cache, num_classes=3)
+        assert np.array_equal(grey[2][0], classes) and np.array_equal(palette[2][0], classes)
+        assert np.array_equal(binary[2][0], MASK)
+    for num_classes in (1, 2):  # also from the cache, where they have been decoded
+        with pytest.raises(
+            DataError, match=f"grey.png: a mask holds .* where NUM_CLASSES={num_classes}, this one 0, 1"
+        ):
+            LEVIRCD(tmp_path, "val", cache_dir=cache, num_classes=num_classes)
+    Image.fromarray(MASK * 255).save(tmp_path / "val" / "label" / "binary.png")
+    with pytest.raises(DataError, match=r"binary\.png: a mask holds 0 to 3 alone where NUM_CLASSES=3, this one 0, 255"):
+        LEVIRCD(tmp_path, "val", cache_dir=cache, num_classes=3)
+
+
+def test_the_dates_of_several_classes_are_not_exchanged(tmp_path):
+    image_a, image_b, mask = random_pair(RNG, 32, 32)
+    write_pair(tmp_path / "train", "x", image_a // 128, 128 + image_b // 128, mask // 255)
+    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True, num_classes=2)
+    assert all(data[0, seed][0].max() < 2 and data[0, seed][1].min() >= 128 for seed in range(50))
+
+
 @pytest.mark.parametrize("mode", ["P", "RGB", "RGBA"])
 def test_images_of_every_kind(tmp_path, mode):
     rgb = Image.fromarray(RNG.integers(0, 255, (8, 8, 3), dtype=np.uint8))

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 from data.make_demo import make_demo
+from data.options import OptionError
 from dataset import LEVIRCD
 from metrics import ThresholdMetrics
 from model import FusionUNet
@@ -87,8 +88,8 @@ def test_a_whole_run(tiny, capsys):
     # What is frozen is as it was, its statistics too.
     torch.manual_seed(main.SEED)
     untrained, trained = FusionUNet(weights=None).state_dict(), torch.load(run / "last.pt", weights_only=True)["model"]
-    frozen = [name for name in untrained if name.split(".")[0] in ("stem", "layer1", "layer2", "layer3", "layer4")]
-    assert all(torch.equal(trained[name], untrained[name]) for name in frozen) and len(frozen) == 318
+    frozen = [name for name in untrained if name.startswith("stages.")]
+    assert all(torch.equal(trained[name], untrained[name]) for name in frozen) and len(frozen) == 2 * 53
 
     # The saved model is the one that was scored, and it is scored the same again.
     again = main.main(EVALUATE=str(run / "best.pt"), **constants | {"RUN_NAME": "again"})
@@ -149,6 +150,20 @@ def test_demo_where_there_is_no_data(capsys):
     assert record["constants"]["CROP_SIZE"] == main.DEMO["CROP_SIZE"]
     assert "USING THE DEMO" in capsys.readouterr().out
     assert logged_run("demo").data.tags["demo"] == "True"
+
+
+def test_demo_of_three_classes(tiny, capsys):
+    make_demo("data/demo_classes", splits={"train": 2, "val": 1, "test": 1}, num_classes=3)
+    constants = {"NUM_CLASSES": 3, "BACKBONE": "resnet18", "DEVICE": "cpu"}
+    scores = main.main(EPOCHS=1, RUN_NAME="classes", **constants)
+    assert scores["val_iou"] == pytest.approx(np.mean([scores[f"val_iou_{i}"] for i in (1, 2, 3)]))
+    said = capsys.readouterr().out
+    assert "DATA_DIR=data/demo_classes" in said and all(f"iou_{i}" in said for i in (1, 2, 3))
+    assert main.main(EVALUATE="runs/classes/best.pt", **constants) == {
+        name: value for name, value in scores.items() if name.startswith("test_")
+    }
+    with pytest.raises(OptionError, match=r"NUM_CLASSES=1: .*classes/best\.pt tells 3 classes apart; give 3"):
+        main.main(EVALUATE="runs/classes/best.pt", DATA_DIR=str(tiny), DEVICE="cpu")
 
 
 def test_failed_runs_are_told_so(tiny, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data import make_demo
-from dataset import LEVIRCD
+from dataset import LEVIRCD, DataError
 
 
 def test_same_seed_same_files(tmp_path):
@@ -36,13 +36,29 @@ def test_a_threshold_does_not_solve_it():
     assert best_iou_of_a_threshold(pairs) < 0.35
 
 
+def test_three_classes_of_change():
+    pairs = [make_demo.draw_pair(np.random.default_rng(seed), 3) for seed in range(40)]
+    shares = np.mean([[(label == kind).mean() for kind in range(4)] for *_, label in pairs], 0)
+    assert shares.sum() == pytest.approx(1) and (shares[1:] > 0.005).all()
+    for kind in (1, 2, 3):  # where it stands, at the date when it does, there is less of the ground's brown
+        brown = [[image[..., 0][label == kind].sum(dtype=float) - image[..., 2][label == kind].sum(dtype=float)
+                  for image in images] for *images, label in pairs]  # fmt: skip
+        before, after = np.sum(brown, 0) / sum((label == kind).sum() for *_, label in pairs)
+        assert (before - after if kind != 2 else after - before) > 8
+
+
+def test_classes_that_the_demo_lacks(tmp_path):
+    with pytest.raises(DataError, match="NUM_CLASSES=2: the demo has 1 or 3"):
+        make_demo.make_demo(tmp_path / "demo", num_classes=2)
+
+
 def test_nor_the_real_pairs(real):
     pairs = [tuple(t.permute(1, 2, 0).numpy() for t in item) for item in LEVIRCD(real, "val")]
     assert best_iou_of_a_threshold([(a, b, label[..., 0]) for a, b, label in pairs]) < 0.35
 
 
 def test_a_run_that_is_stopped_leaves_no_half_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(make_demo, "draw_pair", lambda rng: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(make_demo, "draw_pair", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make_demo.make_demo(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()

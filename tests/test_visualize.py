@@ -16,7 +16,7 @@ from test_georeference import geotags
 from data.georeference import Place
 from dataset import LEVIRCD, DataError
 from model import FusionUNet
-from visualize import OUTCOMES, OptionError, plot_curves, plot_precision_recall, plot_predictions, write_masks
+from visualize import CLASSES, OUTCOMES, OptionError, plot_curves, plot_precision_recall, plot_predictions, write_masks
 
 
 class Recorder:
@@ -39,6 +39,17 @@ class Recorder:
 def model() -> FusionUNet:
     torch.manual_seed(0)
     return FusionUNet(weights=None)
+
+
+@pytest.fixture(scope="module")
+def model_of_two() -> FusionUNet:
+    """It tells two classes of change apart, and calls pixels by either and by none."""
+    torch.manual_seed(0)
+    model = FusionUNet(weights=None, out_channels=2, backbone="resnet18")
+    torch.nn.init.normal_(model.head.weight)
+    with torch.no_grad():
+        model.head.bias -= model.eval()(*torch.rand(2, 1, 3, 32, 32)).logsumexp(1).mean()
+    return model
 
 
 def test_reads_only_what_it_draws_spread_over_the_set(model, tmp_path):
@@ -73,7 +84,7 @@ def test_errors_are_drawn_and_scored(model):
     probability = model.predict(image_a, image_b).numpy()
     predicted, labelled = probability > 0.5, label[0].numpy() > 0
     assert np.array_equal(drawn_probability, probability)
-    assert np.array_equal(truth, labelled) and np.array_equal(prediction, predicted)
+    assert (truth == labelled[..., None]).all() and (prediction == predicted[..., None]).all()
     for name, where in (
         ("hit", predicted & labelled),
         ("missed", ~predicted & labelled),
@@ -83,7 +94,29 @@ def test_errors_are_drawn_and_scored(model):
         assert np.array_equal(drawn, where)
     iou = (predicted & labelled).sum() / (predicted | labelled).sum()
     assert [text.get_text() for text in figure.axes[0].texts] == [f"IoU {iou:.2f}"]
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(OUTCOMES)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(OUTCOMES) - {"wrong class"}
+
+
+def test_several_classes_have_their_colours(model_of_two):
+    class Classes(Recorder):
+        def __getitem__(self, index):
+            image_a, image_b, _ = super().__getitem__(index)
+            return image_a, image_b, (image_a[:1] % 3).byte()
+
+    figure = plot_predictions(model_of_two, Classes(1), device="cpu", path=None)
+    image_a, image_b, label = Classes(1)[0]
+    _, _, truth, prediction, errors, drawn = (image.get_array() for image in figure.axes[0].get_images())
+    one, two = model_of_two.predict(image_a, image_b).numpy()
+    guess, label = np.where(one + two > 0.5, np.where(two > one, 2, 1), 0), label[0].numpy()
+    assert {0, 1, 2} == set(guess.flat) and np.array_equal(drawn, one + two)
+    for shown, classes in ((truth, label), (prediction, guess)):
+        for number, colour in enumerate(("black", *CLASSES[:2])):
+            assert np.array_equal(np.isclose(shown, to_rgb(colour)).all(-1), classes == number)
+    wrong = np.isclose(errors, to_rgb(OUTCOMES["wrong class"])).all(-1)
+    assert np.array_equal(wrong, (guess > 0) & (label > 0) & (guess != label)) and wrong.any()
+    right = ((guess == label) & (label > 0)).sum() / ((guess > 0) | (label > 0)).sum()
+    assert [text.get_text() for text in figure.axes[0].texts] == [f"IoU {right:.2f}"]
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {*OUTCOMES, "class 1", "class 2"}
 
 
 def test_named_items_in_their_order(model):
@@ -185,6 +218,22 @@ def test_the_mask_of_two_files(checkpoint, capsys):
     changed = (mask > 0).sum()
     assert f"mask.png: {changed:,} of 2,240 pixels changed" in (out := capsys.readouterr().out)
     assert f", {changed / 4:,.1f} m²" in out and "above 0.047" in out
+
+
+def test_the_mask_of_several_classes(model_of_two, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(model_of_two.checkpoint(), "best.pt")
+    write_images("before.png", "after.png")
+    one, two = FusionUNet.load("best.pt", "cpu").predict("before.png", "after.png").numpy()
+    middle = float(np.median(one + two))
+    write_masks("best.pt", "before.png", "after.png", probability=True, threshold=middle, pixel_size=2, device="cpu")
+    expected = np.where(one + two > middle, np.where(two > one, 2, 1), 0)
+    assert np.array_equal(np.asarray(Image.open("mask.png")), expected) and set(expected.flat) == {0, 1, 2}
+    assert np.abs(np.asarray(Image.open("mask_probability.png")) / 65535 - one - two).max() < 1e-5
+    out = capsys.readouterr().out
+    for number in (1, 2):
+        count = (expected == number).sum()
+        assert f"mask.png: {count:,} of 2,240 pixels of class {number} ({count / 2240:.2%}), {4 * count:,.1f} m²" in out
 
 
 def test_the_masks_of_folders_are_paired_by_stem(checkpoint):
