@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from data import processes
 from data.files import read_checkpoint, save, written_whole
 from data.make_demo import make_demo
+from data.optimizers import make_optimizers
 from data.options import OptionError, checked, explanation, has_bfloat16, parse, pick_device, recorded, typed
 from data.runs import RunLog, describe, last_checkpoint, new_folder
 from dataset import LEVIRCD, color_jitter, make_loader
@@ -49,8 +52,8 @@ FREEZE_BACKBONE: bool = True  # False trains the backbone too: 28 M parameters i
 # OPTIMISATION
 BATCH_SIZE: int = 16  # pairs a step, of all GPUs together; halve it when their memory runs out
 EPOCHS: int = 100  # passes over the training split, 7,120 crops of 256 each for LEVIR-CD
-LEARNING_RATE: float = 1e-3  # its peak, for AdamW
-WEIGHT_DECAY: float = 1e-2  # AdamW's, decoupled; 0: off
+LEARNING_RATE: float = 3e-3  # its peak, for Muon (convolutions) and AdamW (the rest); a trained backbone has a tenth
+WEIGHT_DECAY: float = 1e-2  # decoupled; 0: off
 WARMUP_EPOCHS: float = 1.0  # the learning rate rises this long, then falls as a cosine to 0; 0: off
 CLIP_NORM: float = 1.0  # largest norm of a step's gradient; 0: off
 ALPHA: float = 0.5  # weight of cross-entropy in the loss, the rest is soft IoU; 0..1
@@ -179,10 +182,8 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
     if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
         raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
-    if constants["BATCH_SIZE"] < processes.count():
-        raise OptionError(
-            f"BATCH_SIZE={constants['BATCH_SIZE']}: less than a pair for each of {processes.count()} processes"
-        )
+    if (pairs := constants["BATCH_SIZE"]) < processes.count():
+        raise OptionError(f"BATCH_SIZE={pairs}: less than a pair for each of {processes.count()} processes")
     if began["demo"]:
         used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
         print(f"NO DATA in data (see data/README.md): USING THE DEMO with {used}", flush=True)
@@ -199,25 +200,25 @@ def fit(
     Returns:
         The validation scores of the epoch in best.pt; the process with the log, one of several, saves it.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, config.LEARNING_RATE, weight_decay=config.WEIGHT_DECAY, fused=True)
+    optimizers = make_optimizers(model, config.LEARNING_RATE, config.WEIGHT_DECAY)
     best, done = {"iou": -1.0}, 0
     if last:
         model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
+        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         best, done = read_checkpoint(Path(config.RESUME, "best.pt"))["scores"], last["epoch"]
     steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
     last_step = done * len(loaders["train"]) - 1
-    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps), last_epoch=last_step)
+    schedulers = [LambdaLR(each, lambda step: warmup_cosine(step, warmup, steps), last_step) for each in optimizers]
     trained = processes.parallel(model)
     if config.COMPILE:
         trained = torch.compile(trained)
     for epoch in range(done + 1, config.EPOCHS + 1):
         # An epoch's order, crops and colours follow from the seed and its number alone.
         torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
-        metrics, learning_rate = ThresholdMetrics(config.NUM_CLASSES), scheduler.get_last_lr()[0]
-        counts = ChangeMetrics(config.NUM_CLASSES)
-        train = run_pass(trained, loaders["train"], config, counts, optimizer, scheduler, f"epoch {epoch}")
+        counts, metrics = ChangeMetrics(config.NUM_CLASSES), ThresholdMetrics(config.NUM_CLASSES)
+        learning_rate = schedulers[0].get_last_lr()[0]
+        train = run_pass(trained, loaders["train"], config, counts, optimizers, schedulers, f"epoch {epoch}")
         val = run_pass(model, loaders["val"], config, metrics, name="validation")
         model.threshold = metrics.best_threshold()
         is_best = val["iou"] > best["iou"]
@@ -225,7 +226,7 @@ def fit(
         if log is None:
             continue
         row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": learning_rate}
-        keep(model, optimizer, loaders["val"].dataset, log, row, is_best)
+        keep(model, optimizers, loaders["val"].dataset, log, row, is_best)
         print(
             f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
             f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {train['pairs_per_second']:.1f} pairs/s"
@@ -236,7 +237,7 @@ def fit(
 
 
 def keep(
-    model: FusionUNet, optimizer: torch.optim.Optimizer, dataset: LEVIRCD, log: RunLog, row: dict, is_best: bool
+    model: FusionUNet, optimizers: Sequence[Optimizer], dataset: LEVIRCD, log: RunLog, row: dict, is_best: bool
 ) -> None:
     """Log and save an epoch."""
     epoch, device = len(log.rows) + 1, next(model.parameters()).device
@@ -249,15 +250,16 @@ def keep(
     checkpoint = model.checkpoint() | {"epoch": epoch, "scores": scores}
     if is_best:
         save(checkpoint, log.folder / "best.pt")
-    save(checkpoint | {"optimizer": optimizer.state_dict(), "rows": log.rows}, log.folder / "last.pt")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    save(checkpoint | {"optimizers": states, "rows": log.rows}, log.folder / "last.pt")
     log.send()
 
 
 def run_pass(
     model: FusionUNet, loader: DataLoader, config: SimpleNamespace, metrics: ChangeMetrics,
-    optimizer: torch.optim.Optimizer | None = None, scheduler: LRScheduler | None = None, name: str = "",
+    optimizers: Sequence[Optimizer] = (), schedulers: Sequence[LRScheduler] = (), name: str = "",
 ) -> dict[str, float]:  # fmt: skip
-    """One pass over a loader: training where an optimizer is given, evaluation otherwise.
+    """One pass over a loader: training where optimizers are given, evaluation otherwise.
 
     Returns:
         `loss`, the mean over the pairs, what `metrics` computes, and `pairs_per_second`; of all processes together.
@@ -265,7 +267,7 @@ def run_pass(
     Raises:
         FloatingPointError: the loss of a step isn't finite; seen in the next one.
     """
-    training, device = optimizer is not None, next(model.parameters()).device
+    training, device = bool(optimizers), next(model.parameters()).device
     model.train(training)
     criterion, losses, start = CombinedIoULoss(config.ALPHA), LossReader(name, loader, device), time.perf_counter()
     loss_sum, pairs = torch.zeros((), device=device), 0
@@ -282,7 +284,7 @@ def run_pass(
                 logits = model(image_a, image_b)
             loss = criterion(logits, label)
             if training:
-                learn(loss, optimizer, scheduler, config.CLIP_NORM)
+                learn(loss, model, optimizers, schedulers, config.CLIP_NORM)
             metrics.update(logits.detach(), label)
             loss_sum += loss.detach() * len(label)
             pairs += len(label)
@@ -298,14 +300,16 @@ def run_pass(
     return scores | {"pairs_per_second": pairs / (time.perf_counter() - start)}
 
 
-def learn(loss: Tensor, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, clip_norm: float) -> None:
+def learn(
+    loss: Tensor, model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler], clip_norm: float
+) -> None:
     """One step down the loss's gradient."""
-    optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     if clip_norm:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
-    optimizer.step()
-    scheduler.step()
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    for steps in (*optimizers, *schedulers):
+        steps.step()
 
 
 def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: RunLog) -> dict[str, float]:

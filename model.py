@@ -14,36 +14,52 @@ from data.backbone import STRIDES, cut_into_stages, fold
 from data.files import CHECKPOINTS, ModelError, read_checkpoint
 from data.images import DataError, ImageLike, as_tensor
 
-FUSED_CHANNELS = (32, 64, 128, 192, 256)  # width of the decoder at strides 2, 4, 8, 16 and 32
+CHANNELS = (16, 32, 64, 128, 192, 256)  # what is trained is so wide at strides 1, 2, 4, 8, 16 and 32
 OVERLAP = 256  # pixels that neighbouring tiles of a large image share
 
 
 class ConvNormReLU(nn.Sequential):
-    """k × k convolution that keeps the size, BatchNorm, ReLU."""
+    """k × k convolution that keeps the size, or divides it by the stride, BatchNorm, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1):
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
 
 
+class Side(nn.Module):
+    """Step of the small encoder that is trained beside the frozen one, a ladder (Sung et al. 2022, arXiv:2206.06522).
+
+    The finer step, halved in size, plus the frozen features of this stride narrowed, if there are any; a 3 × 3 on both.
+    """
+
+    def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
+        super().__init__()
+        self.down = ConvNormReLU(finer_channels, out_channels, 3, stride=2)
+        self.narrow = ConvNormReLU(frozen_channels, out_channels, 1) if frozen_channels else None
+        self.mix = ConvNormReLU(out_channels, out_channels, 3)
+
+    def forward(self, finer: Tensor, frozen: Tensor | None) -> Tensor:
+        x = self.down(finer) if frozen is None else self.down(finer) + self.narrow(frozen)
+        return x + self.mix(x)
+
+
 class Fusion(nn.Module):
-    """Both dates' features, narrowed by one 1 × 1 convolution for both; their sum and difference mixed by a 3 × 3.
+    """Both dates' features, their sum and their difference mixed by a 3 × 3 convolution.
 
     Of the difference the sign is dropped, unless classes of change are told apart by it: then houses built and houses
     pulled down need not be learned twice.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, ordered: bool):
+    def __init__(self, channels: int, ordered: bool):
         super().__init__()
         self.ordered = ordered
-        self.narrow = ConvNormReLU(in_channels, out_channels, 1)
-        self.mix = ConvNormReLU(2 * out_channels, out_channels, 3)
+        self.mix = ConvNormReLU(2 * channels, channels, 3)
 
     def forward(self, features: Tensor) -> Tensor:
-        before, after = self.narrow(features).chunk(2)  # (N, out_channels, h, w) each
+        before, after = features.chunk(2)  # (N, channels, h, w) each
         difference = after - before
         return self.mix(torch.cat([before + after, difference if self.ordered else difference.abs()], dim=1))
 
@@ -65,8 +81,8 @@ class FusionUNet(nn.Module):
     """Change logits from two co-registered images.
 
     A Siamese UNet (Ronneberger et al. 2015, doi:10.1007/978-3-319-24574-4_28; Daudt et al. 2018,
-    doi:10.1109/ICIP.2018.8451652) whose encoder is a classifier of torchvision's, such as the ResNet-50 (He et al.
-    2016, doi:10.1109/CVPR.2016.90).
+    doi:10.1109/ICIP.2018.8451652) over a classifier of torchvision's, such as the ResNet-50 (He et al. 2016,
+    doi:10.1109/CVPR.2016.90), and a small encoder beside it.
 
     Args:
         weights: name of a member of the backbone's weights in torchvision; None for an untrained one.
@@ -91,15 +107,19 @@ class FusionUNet(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
-        self.stages, channels, self._channels_last = cut_into_stages(backbone, weights)
+        self.stages, (f2, f4, f8, f16, f32), self._channels_last = cut_into_stages(backbone, weights)
         if freeze_backbone:
             fold(self.stages.eval().requires_grad_(False))
 
-        ordered, (c2, c4, c8, c16, c32) = out_channels > 1, FUSED_CHANNELS
-        fusions = [Fusion(*narrowed, ordered) for narrowed in zip(channels, FUSED_CHANNELS, strict=True)]
-        self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
+        c1, c2, c4, c8, c16, c32 = CHANNELS
+        self.side1 = ConvNormReLU(3, c1, 3)
+        self.side2, self.side4, self.side8 = Side(c1, f2, c2), Side(c2, f4, c4), Side(c4, f8, c8)
+        self.side16, self.side32 = Side(c8, f16, c16), Side(c16, f32, c32)
+        fusions = [Fusion(channels, ordered=out_channels > 1) for channels in CHANNELS]
+        self.fuse1, self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
-        self.head = nn.Conv2d(c2, out_channels, 1)
+        self.up1 = Up(c2, c1)
+        self.head = nn.Conv2d(c1, out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: begin at 5 % (Lin et al. 2017, arXiv:1708.02002)
         self.train()
 
@@ -113,29 +133,38 @@ class FusionUNet(nn.Module):
         Returns:
             (N, out_channels, H, W); of one channel, positive means changed.
         """
-        f2, f4, f8, f16, f32 = self.encode(image_a, image_b)
-        x = self.fuse32(f32)  # (N, 256, H/32, W/32)
-        x = self.up16(x, self.fuse16(f16))  # (N, 192, H/16, W/16)
-        x = self.up8(x, self.fuse8(f8))  # (N, 128, H/8, W/8)
-        x = self.up4(x, self.fuse4(f4))  # (N, 64, H/4, W/4)
-        x = self.up2(x, self.fuse2(f2))  # (N, 32, H/2, W/2)
-        logits = self.head(x).float()  # (N, out_channels, H/2, W/2)
-        logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
+        images = self.prepare(image_a, image_b)
+        f2, f4, f8, f16, f32 = self.encode(images)
+        s1 = self.side1(images)  # (2N, 16, H, W)
+        s2 = self.side2(s1, f2)  # (2N, 32, H/2, W/2)
+        s4 = self.side4(s2, f4)  # (2N, 64, H/4, W/4)
+        s8 = self.side8(s4, f8)  # (2N, 128, H/8, W/8)
+        s16 = self.side16(s8, f16)  # (2N, 192, H/16, W/16)
+        s32 = self.side32(s16, f32)  # (2N, 256, H/32, W/32)
+        x = self.fuse32(s32)  # (N, 256, H/32, W/32)
+        x = self.up16(x, self.fuse16(s16))  # (N, 192, H/16, W/16)
+        x = self.up8(x, self.fuse8(s8))  # (N, 128, H/8, W/8)
+        x = self.up4(x, self.fuse4(s4))  # (N, 64, H/4, W/4)
+        x = self.up2(x, self.fuse2(s2))  # (N, 32, H/2, W/2)
+        x = self.up1(x, self.fuse1(s1))  # (N, 16, H, W)
+        logits = self.head(x).float()  # (N, out_channels, H, W)
         return logits[..., : image_a.shape[-2], : image_a.shape[-1]]
 
-    def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
-        """The backbone's features of both dates, first all A then all B, at strides 2, 4, 8, 16 and 32.
+    def prepare(self, image_a: Tensor, image_b: Tensor) -> Tensor:
+        """Both dates normalised, first all A then all B: float (2N, 3, H, W).
 
         H and W are enlarged to multiples of 32 by repeating the last column and row, so that each scale halves exactly.
-        Where a backbone begins with stride 4, the features at stride 2 are the pixels themselves, 2 × 2 of each band.
         """
-        images = torch.cat([image_a, image_b])  # (2N, 3, H, W)
+        images = torch.cat([image_a, image_b])
         if images.dtype == torch.uint8:
             images = images.float() / 255
         end = STRIDES[-1]
         images = F.pad(images, (0, -images.shape[-1] % end, 0, -images.shape[-2] % end), mode="replicate")
-        x = images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        features = [] if "2" in self.stages else [F.pixel_unshuffle(images, 2)]
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def encode(self, images: Tensor) -> list[Tensor | None]:
+        """The backbone's features at strides 2, 4, 8, 16 and 32; None where it has none, as a Swin at stride 2."""
+        x, features = images, [None] * (len(STRIDES) - len(self.stages))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             for stage in self.stages.values():  # of a ResNet-50 64, 256, 512, 1024 and 2048 channels
                 x = stage(x)

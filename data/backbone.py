@@ -23,7 +23,7 @@ def cut_into_stages(backbone: str, weights: str | None) -> tuple[nn.ModuleDict, 
     """A classifier's layers up to each stride, the channels at `STRIDES`, and whether they come last, as in a Swin."""
     classifier = _classifier(backbone, weights).eval()
     sizes = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}
-    x, stages, channels, channels_last = torch.zeros(1, 3, 64, 96), {}, {2: 12}, False
+    x, stages, channels, channels_last = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False
     for name, layer in getattr(classifier, "features", classifier).named_children():
         try:
             with torch.no_grad():

@@ -36,6 +36,7 @@ if importlib.util.find_spec("mlflow") is None:  # speed can be measured without
     sys.modules |= {"mlflow": MagicMock(), "mlflow.entities": MagicMock()}
 import main
 from data.images import find_pairs
+from data.optimizers import make_optimizers
 from data.options import has_bfloat16, pick_device
 from dataset import LEVIRCD, color_jitter, make_loader
 from losses import CombinedIoULoss
@@ -65,20 +66,18 @@ class PlainUNet(FusionUNet):
         self.freeze_backbone = True
         self.stages.requires_grad_(False)
 
-    def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
-        """Features at strides 1 (enlarged), 2, 4, 8 and 16: twice as fine as those of `FusionUNet`."""
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Features as `FusionUNet` has them, halved from maps that are twice as fine from stride 4 on."""
         with torch.no_grad():
-            dates = [self._encode_one(image) for image in (image_a, image_b)]
+            dates = [self._encode_one(image.contiguous()) for image in images.chunk(2)]
         return [torch.cat(features) for features in zip(*dates, strict=True)]
 
     def _encode_one(self, image: Tensor) -> list[Tensor]:
-        layers = [
-            layer for stage in self.stages.values() for name, layer in stage.named_children() if name != "maxpool"
-        ]
-        features = [nn.Sequential(*layers[:3])((image.float() / 255 - self.mean) / self.std)]
+        layers = [layer for stage in self.stages.values() for layer in stage if not isinstance(layer, nn.MaxPool2d)]
+        features = [nn.Sequential(*layers[:3])(image)]
         for layer in layers[3:]:
             features.append(layer(features[-1]))
-        return [F.interpolate(features[0], scale_factor=2), *features[1:]]
+        return [features[0], *(F.max_pool2d(feature, 2) for feature in features[1:])]
 
 
 class Table:
@@ -163,9 +162,8 @@ class Trainer:
         self.trained = torch.compile(self.model) if compiled else self.model
         self.precision = "bfloat16" if amp and has_bfloat16(device) else "float32"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+        self.optimizers = make_optimizers(self.model, main.LEARNING_RATE, main.WEIGHT_DECAY)
+        self.schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer) for optimizer in self.optimizers]
         self.criterion, self.metrics = CombinedIoULoss(), ChangeMetrics()
 
     def forward(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> Tensor:
@@ -178,17 +176,18 @@ class Trainer:
     def step(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> None:
         """All that a training step does once its batch is on the device."""
         loss = self.forward(color_jitter(image_a, *JITTER), color_jitter(image_b, *JITTER), label)
-        main.learn(loss, self.optimizer, self.scheduler, 1.0)
+        main.learn(loss, self.model, self.optimizers, self.schedulers, 1.0)
 
     def update(self) -> None:
         """What follows the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
-        self.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
         """The backbone alone."""
         with self.autocast, torch.no_grad():
-            return self.model.encode(image_a, image_b)
+            return self.model.encode(self.model.prepare(image_a, image_b))
 
 
 def limits(table: Table, size: int) -> float:
@@ -220,7 +219,7 @@ def steps(table: Table, trainer: Trainer, pairs: int, size: int, rate: float) ->
     table.add("so fusion, decoder and loss, forward", forward - backbone, "s")
     both = table.seconds("model and loss, forward and backward", lambda: trainer.forward(*batch).backward())
     table.add("so backward", both - forward, "s")
-    table.seconds("gradient norm and AdamW", trainer.update)
+    table.seconds("gradient norm, Muon and AdamW", trainer.update)
     table.seconds("colour jitter, both dates", lambda: [color_jitter(image, *JITTER) for image in batch[:2]])
     step = table.seconds("the step", lambda: trainer.step(*batch))
     table.add("pairs a second", pairs / step, "pairs/s")
@@ -259,8 +258,8 @@ def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
     shares, rates = [], []
     for _ in range(2):
         loader.seconds, start = 0.0, time.perf_counter()
-        optimizers = trainer.optimizer, trainer.scheduler
-        scores = main.run_pass(trainer.trained, loader, config, ChangeMetrics(), *optimizers, "the loop")
+        steps = trainer.optimizers, trainer.schedulers
+        scores = main.run_pass(trainer.trained, loader, config, ChangeMetrics(), *steps, "the loop")
         rates.append(scores["pairs_per_second"])
         shares.append(100 * loader.seconds / (time.perf_counter() - start))
     rate = table.add("pairs a second", statistics.median(rates), "pairs/s", min(rates), max(rates))
@@ -277,7 +276,7 @@ def inference(table: Table, model: FusionUNet, large: tuple[int, int]) -> None:
 
     def encode() -> None:
         with torch.inference_mode():
-            model.encode(image_a, image_b)
+            model.encode(model.prepare(image_a, image_b))
 
     backbone = table.seconds("1024 × 1024, backbone", encode, 3)
     whole = table.seconds("1024 × 1024, predict", lambda: model.predict(image_a[0], image_b[0]), 3)

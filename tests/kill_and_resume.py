@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import start_main, write_tiny
 
 CONSTANTS = {
-    "DATA_DIR": "tiny", "WEIGHTS": None, "CROP_SIZE": 64, "BATCH_SIZE": 2, "EPOCHS": 2, "DEVICE": "cpu",
-    "WARMUP_EPOCHS": 0.5, "NUM_WORKERS": 0,
+    "DATA_DIR": "tiny", "BACKBONE": "resnet18", "WEIGHTS": None, "CROP_SIZE": 64, "BATCH_SIZE": 2, "EPOCHS": 2,
+    "DEVICE": "cpu", "WARMUP_EPOCHS": 0.5, "NUM_WORKERS": 0,
 }  # fmt: skip
 
 

@@ -112,7 +112,9 @@ def put(folder: str, content: tuple[str, bytes]) -> Callable[[], None]:
 
 def run(**constants: object) -> Callable[[], object]:
     """`python main.py` with these constants, up to where it would begin."""
-    small = {} if "RESUME" in constants else {"DATA_DIR": "tiny", "CROP_SIZE": 32, "WEIGHTS": None}
+    small = (
+        {} if "RESUME" in constants else {"DATA_DIR": "tiny", "CROP_SIZE": 32, "BACKBONE": "resnet18", "WEIGHTS": None}
+    )
     arguments = [f"{name}={value}" for name, value in (small | constants).items()]
     return lambda: write_tiny(Path("tiny")) and main.main(**main.parse(arguments, typing.get_type_hints(main)))
 
