@@ -38,7 +38,7 @@ class CombinedIoULoss(nn.Module):
             label: (N, 1, H, W) in {0, …, K}, any dtype.
         """
         log_p = F.pad(logits.float(), (0, 0, 0, 0, 1, 0)).log_softmax(1)  # (N, 1 + K, H, W)
-        cross_entropy = F.nll_loss(log_p, label[:, 0].long(), reduction="sum")
+        cross_entropy = F.nll_loss(log_p, label[:, 0].long(), reduction="none").sum()  # "sum" isn't deterministic
         p, y = log_p[:, 1:].exp(), label == torch.arange(1, log_p.shape[1], device=label.device).view(-1, 1, 1)
         pixels = torch.full_like(cross_entropy, label.numel())
         sums = [cross_entropy, pixels, *(p * y).sum((0, 2, 3)), *(p + y.float()).sum((0, 2, 3))]

@@ -47,12 +47,12 @@ HUE: float = 0.01  # likewise, as ± a share of the colour circle, up to 0.5; 0:
 # MODEL
 BACKBONE: str = "resnet50"  # torchvision's name: "resnet18", "convnext_tiny", "swin_t" or others with four strides
 WEIGHTS: str | None = "IMAGENET1K_V1"  # the backbone's in torchvision, fetched once (98 MB); None: untrained
-FREEZE_BACKBONE: bool = True  # False trains the backbone too: 28 M parameters instead of 5 M
+FREEZE_BACKBONE: bool = True  # False trains the backbone too: 30 M parameters instead of 7 M
 
 # OPTIMISATION
 BATCH_SIZE: int = 16  # pairs a step, of all GPUs together; halve it when their memory runs out
 EPOCHS: int = 100  # passes over the training split, 7,120 crops of 256 each for LEVIR-CD
-LEARNING_RATE: float = 3e-3  # its peak, for Muon (convolutions) and AdamW (the rest); a trained backbone has a tenth
+LEARNING_RATE: float = 3e-3  # its peak, for Muon (new convolutions) and AdamW; a trained backbone has a tenth
 WEIGHT_DECAY: float = 1e-2  # decoupled; 0: off
 WARMUP_EPOCHS: float = 1.0  # the learning rate rises this long, then falls as a cosine to 0; 0: off
 CLIP_NORM: float = 1.0  # largest norm of a step's gradient; 0: off
@@ -99,15 +99,15 @@ def main(**overrides: object) -> dict[str, float]:
             torch.use_deterministic_algorithms(config.DETERMINISTIC)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
             torch.manual_seed(config.SEED)
-            loaders = make_loaders(config, device)
-            record = describe(config, began, device, loaders)
-            last = last_checkpoint(config.RESUME)
             if config.EVALUATE is not None:
                 model = FusionUNet.load(config.EVALUATE, device)
                 if (classes := model.head.out_channels) != config.NUM_CLASSES:
                     differs = f"{config.EVALUATE} tells {classes} classes apart; give {classes}"
                     raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: {differs}")
-            else:
+            loaders = make_loaders(config, device)
+            record = describe(config, began, device, loaders)
+            last = last_checkpoint(config.RESUME)
+            if config.EVALUATE is None:
                 weights = None if last else config.WEIGHTS
                 model = FusionUNet(weights, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE)
                 model.to(device, memory_format=torch.channels_last)
@@ -182,8 +182,8 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
     if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
         raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
-    if (pairs := constants["BATCH_SIZE"]) < processes.count():
-        raise OptionError(f"BATCH_SIZE={pairs}: less than a pair for each of {processes.count()} processes")
+    if (pairs := constants["BATCH_SIZE"]) % processes.count():
+        raise OptionError(f"BATCH_SIZE={pairs}: must be a multiple of the {processes.count()} processes")
     if began["demo"]:
         used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
         print(f"NO DATA in data (see data/README.md): USING THE DEMO with {used}", flush=True)

@@ -16,9 +16,9 @@ class ChangeMetrics:
         iou          TP / (TP + FP + FN)            recall     TP / (TP + FN)
         accuracy     the share of the pixels that are given their class
 
-    `dice`, `iou`, `precision` and `recall` are of the change class; of several, the mean, and `iou_1`, `dice_1`, … are
-    each one's. `mean_dice` and `mean_iou` take in the unchanged class. A score whose denominator is 0 is 1 where the
-    class is neither in the label nor predicted, 0 otherwise.
+    `dice`, `iou`, `precision` and `recall` are of the change class; of several, the mean over those in the label, and
+    `iou_1`, `dice_1`, … are each one's. `mean_dice` and `mean_iou` are means over all classes, unchanged too. A score
+    whose denominator is 0 is 1 where the class is neither in the label nor predicted, 0 otherwise.
 
     Args:
         num_classes: classes of change, K.
@@ -44,7 +44,7 @@ class ChangeMetrics:
         change, kind = _change(logits)
         classes = torch.arange(1 + self.num_classes, device=label.device)[:, None]
         predicted, labelled = (kind * (change > 0)).flatten() == classes, label.flatten() == classes
-        self._count((predicted[:, None] & labelled).sum(2))
+        self._count(torch.stack([(pixels & labelled).sum(1) for pixels in predicted]))
 
     def compute(self) -> dict[str, float]:
         """The scores as plain floats in 0..1; one host sync.
@@ -116,7 +116,7 @@ class ThresholdMetrics(ChangeMetrics):
             "threshold": np.concatenate([[0.0], self.LOGITS.double().sigmoid().numpy()]),
             "precision": np.where(predicted.any(1), tp.sum(1) / np.maximum(predicted.sum(1), 1), 1.0),
             "recall": tp.sum(1) / np.maximum(labelled.sum(), 1),
-            "iou": (tp / np.maximum(predicted + labelled - tp, 1)).mean(1),
+            "iou": _mean_of_labelled(tp / np.maximum(predicted + labelled - tp, 1), labelled),
         }
 
     def average_precision(self) -> float:
@@ -140,7 +140,8 @@ class ThresholdMetrics(ChangeMetrics):
 def as_logits(probability: Tensor) -> Tensor:
     """(1, K, H, W), as the metrics take it, of what `FusionUNet.predict` gives: (H, W), or (K, H, W) of several."""
     probability = probability.reshape(1, -1, *probability.shape[-2:])
-    return (probability / (1 - probability.sum(1, keepdim=True))).log()
+    unchanged = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-8)  # else several classes tie at infinity
+    return (probability / unchanged).log()
 
 
 def as_table(rows: dict[str, dict[str, float]]) -> str:
@@ -157,6 +158,11 @@ def _change(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.logsumexp(1, keepdim=True), 1 + logits.argmax(1, keepdim=True)
 
 
+def _mean_of_labelled(scores: np.ndarray, labelled: np.ndarray) -> np.ndarray:
+    """The mean over the last axis, classes; of those that are labelled, if any are."""
+    return scores[..., labelled > 0].mean(-1) if labelled.any() else scores.mean(-1)
+
+
 def _scores(confusion: np.ndarray) -> dict[str, float]:
     """The scores of pixel counts (predicted, labelled)."""
     tp, predicted, labelled = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -166,10 +172,10 @@ def _scores(confusion: np.ndarray) -> dict[str, float]:
 
     dice, iou = share(2 * tp, predicted + labelled), share(tp, predicted + labelled - tp)
     scores = {
-        "dice": dice[1:].mean(),
-        "iou": iou[1:].mean(),
-        "precision": share(tp, predicted)[1:].mean(),
-        "recall": share(tp, labelled)[1:].mean(),
+        "dice": _mean_of_labelled(dice[1:], labelled[1:]),
+        "iou": _mean_of_labelled(iou[1:], labelled[1:]),
+        "precision": _mean_of_labelled(share(tp, predicted)[1:], labelled[1:]),
+        "recall": _mean_of_labelled(share(tp, labelled)[1:], labelled[1:]),
         "accuracy": tp.sum() / confusion.sum(),
         "mean_dice": dice.mean(),
         "mean_iou": iou.mean(),

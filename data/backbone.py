@@ -66,13 +66,13 @@ def _normalise_noise(stages: Iterable[nn.Module]) -> None:
     """
     octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
     chain = nn.Sequential(*stages)
-    norms = [module for module in chain.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
+    momenta = {module: module.momentum for module in chain.modules() if isinstance(module, nn.BatchNorm2d)}
+    for norm in momenta:
         norm.momentum = 1.0  # the statistics of the one batch, not a share of them
     with torch.no_grad():
         chain.train()(sum(octaves))
-    for norm in norms:
-        norm.momentum = 0.1
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
 
 
 def fold(module: nn.Module) -> None:

@@ -123,12 +123,13 @@ def read_mask(path: Path, num_classes: int = 1) -> np.ndarray:
     """
     rgb = read_rgb(path, mask=True)
     mask = rgb[..., 0]
-    values, grey = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)), (rgb == mask[..., None]).all()
-    if num_classes == 1 and grey and np.isin(values, (0, 255)).all():
+    grey, binary = (rgb == mask[..., None]).all(), not np.bincount(mask.ravel(), minlength=256)[1:255].any()
+    if num_classes == 1 and grey and binary:
         return (mask > 0).astype(np.uint8)
     with _open(path, mask=True) as image:  # a palette may show the classes in any colours
         mask, grey = (np.array(image), True) if image.mode == "P" else (mask, grey)
     if not grey or mask.max() > num_classes:
+        values = np.unique(mask)
         shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
         meant = "0 and 255 (or 0 and 1)" if num_classes == 1 else f"0 to {num_classes}"
         raise DataError(

@@ -1,8 +1,8 @@
-"""The optimizers of a training run: Muon for the kernels of convolutions, AdamW for all else."""
+"""The optimizers of a run: Muon for the convolutions that are trained from scratch, AdamW for all else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,27 @@ class KernelMuon(torch.optim.Muon):
     Args:
         kernels: (out_channels, in_channels, height, width) each; they must stay where they are in memory.
         **options: of `torch.optim.Muon`.
+
+    Raises:
+        RuntimeError: in a step, a kernel was moved.
     """
 
     def __init__(self, kernels: Sequence[nn.Parameter], **options: object):
         self.kernels = kernels
         super().__init__([nn.Parameter(self._rows(kernel, kernel.detach())) for kernel in kernels], **options)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self) -> None:
         """A step down the kernels' gradients."""
         for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
-            matrix.grad = self._rows(kernel, kernel.grad)
-        return super().step(closure)
+            if kernel.data_ptr() != matrix.data_ptr():
+                raise RuntimeError("the model was moved after its optimizer was made: make a new one")
+            matrix.grad = None if kernel.grad is None else self._rows(kernel, kernel.grad)
+        super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for kernel in self.kernels:
+            kernel.grad = None
 
     @staticmethod
     def _rows(kernel: Tensor, values: Tensor) -> Tensor:

@@ -116,7 +116,11 @@ class NoFrozenFeatures(model.Side):
 
 
 class NoTrainedEncoder(model.Side):
-    """The frozen features alone, narrowed."""
+    """The frozen features alone, narrowed; only the pixels themselves are still seen by a trained convolution."""
+
+    def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
+        super().__init__(finer_channels, frozen_channels, out_channels)
+        self.down = self.mix = None
 
     def forward(self, finer: Tensor, frozen: Tensor) -> Tensor:
         return self.narrow(frozen)
@@ -125,17 +129,30 @@ class NoTrainedEncoder(model.Side):
 class NoMixing(model.Side):
     """No second convolution at each stride of the trained encoder."""
 
+    def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
+        super().__init__(finer_channels, frozen_channels, out_channels)
+        self.mix = None
+
     def forward(self, finer: Tensor, frozen: Tensor | None) -> Tensor:
         return self.down(finer) + self.narrow(frozen)
 
 
 class HalfResolution(model.Up):
-    """The last step of the decoder left out: the logits of every second pixel, enlarged."""
+    """The decoder's last step sees no pixels: features of every second one, narrowed and enlarged."""
+
+    def __init__(self, in_channels: int, skip_channels: int):
+        super().__init__(in_channels, skip_channels)
+        if self.is_last(skip_channels):
+            self.conv1, self.conv2 = model.ConvNormReLU(in_channels, skip_channels, 1), None
+
+    def is_last(self, skip_channels: int) -> bool:
+        """Whether this is the step to full resolution."""
+        return skip_channels == model.CHANNELS[0]
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        if skip.shape[1] != model.CHANNELS[0]:
+        if not self.is_last(skip.shape[1]):
             return super().forward(x, skip)
-        return F.interpolate(x[:, : skip.shape[1]], scale_factor=2, mode="bilinear", align_corners=False)
+        return F.interpolate(self.conv1(x), scale_factor=2, mode="bilinear", align_corners=False)
 
 
 class Nearest(model.Up):
@@ -294,15 +311,22 @@ def averaged_pass(net: nn.Module, *args: object, **kwargs: object) -> dict[str, 
 RUN_PASS, AVERAGE = main.run_pass, {}
 
 
-def last_stage_trained(*args: object) -> model.FusionUNet:
-    """Of the backbone only what makes the features at stride 32."""
-    net = FUSION_UNET(args[0], False, *args[2:])
-    for stride in ("2", "4", "8", "16"):
-        net.stages[stride].requires_grad_(False)
-    return net
+class LastStageTrained(model.FusionUNet):
+    """Of the backbone, only what makes the features at stride 32 is trained."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        for stride in ("2", "4", "8", "16"):
+            self.stages[stride].requires_grad_(False)
+
+    def train(self, mode: bool = True) -> model.FusionUNet:
+        """The others' statistics stay as they are, too."""
+        super().train(mode)
+        for stride in ("2", "4", "8", "16"):
+            self.stages[stride].eval()
+        return self
 
 
-FUSION_UNET = main.FusionUNet
 AS_IT_IS = "as it is"
 VARIANTS: dict[str, dict[str, object]] = {
     AS_IT_IS: {},
@@ -313,8 +337,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "fusion: concatenation, dates never exchanged": {
         "model.Fusion": Concatenation, "dataset.LEVIRCD._random_crop": never_exchanged,
     },
-    "fusion: concatenation and |A − B|": {"model.Fusion": ConcatenationAndDifference},
-    "fusion: gated by |A − B|": {"model.Fusion": Gated},
+    "fusion: concatenation and absolute difference": {"model.Fusion": ConcatenationAndDifference},
+    "fusion: gated by the absolute difference": {"model.Fusion": Gated},
     "fusion: cross-attention at strides 16 and 32": {"model.Fusion": CrossAttention},
     # edges and the trained encoder
     "no trained encoder beside the frozen one": {"model.Side": NoTrainedEncoder},
@@ -351,7 +375,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "twice the crops": {"EPOCHS": 2},
     # backbone
     "backbone trained, at a tenth of the rate": {"FREEZE_BACKBONE": False},
-    "backbone's last stage trained, at a tenth of the rate": {"main.FusionUNet": last_stage_trained},
+    "backbone's last stage trained, at a tenth of the rate": {
+        "main.FusionUNet": LastStageTrained, "FREEZE_BACKBONE": False,
+    },
 }  # fmt: skip
 FACTORS = ("CROP_SIZE", "BATCH_SIZE", "EPOCHS")  # of the data's own
 
@@ -369,16 +395,15 @@ def train(variant: str, data: str, seed: int) -> dict[str, object]:
                 stack.enter_context(patch(name, value))
             else:
                 constants[name] = int(constants[name] * value) if name in FACTORS else value
-        if folder.exists():
-            main.main(RESUME=str(folder))
-        else:
-            main.main(**constants)
-        seconds = time.perf_counter() - start
-        net = getattr(main.FusionUNet, "load", FUSION_UNET.load)(folder / "best.pt")
+        AVERAGE.clear()
+        fresh = not folder.exists()
+        main.main(**constants if fresh else {"RESUME": str(folder)})
+        seconds = round(time.perf_counter() - start) if fresh else ""
+        net = main.FusionUNet.load(folder / "best.pt")
         pairs = dataset.LEVIRCD(constants["DATA_DIR"], "val", crop_size)
         scores = score(net, pairs, **VARIANTS[variant].get("score", {}))
     trained = sum(value.numel() for value in net.parameters() if value.requires_grad)
-    return dict(variant=variant, data=data, seed=seed, **scores, seconds=round(seconds), parameters=trained)
+    return dict(variant=variant, data=data, seed=seed, **scores, seconds=seconds, parameters=trained)
 
 
 def score(net: model.FusionUNet, pairs: dataset.LEVIRCD, tta: bool = False, tuned: bool = False) -> dict[str, float]:
@@ -406,10 +431,11 @@ def table(rows: list[dict[str, str]]) -> str:
 
     for variant in VARIANTS:
         if own := [row for row in rows if row["variant"] == variant and row["data"] == "real"]:
-            seconds, count = statistics.mean(float(row["seconds"]) for row in own), float(own[0]["parameters"]) / 1e6
+            times, count = [float(row["seconds"]) for row in own if row["seconds"]], float(own[0]["parameters"]) / 1e6
+            seconds = f"{statistics.mean(times):.0f}" if times else "–"
             cells = [spread(variant, *cell) for cell in (("real", "iou"), ("real", "dice"), ("real", "exchanged_iou"))]
             lines.append(
-                " | ".join(["| " + variant, *cells, spread(variant, "demo", "iou"), f"{seconds:.0f}", f"{count:.1f} |"])
+                " | ".join(["| " + variant, *cells, spread(variant, "demo", "iou"), seconds, f"{count:.1f} |"])
             )
     return "\n".join(lines)
 

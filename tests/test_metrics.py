@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from metrics import ChangeMetrics, ThresholdMetrics
+from metrics import ChangeMetrics, ThresholdMetrics, as_logits
 
 
 def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
@@ -63,6 +63,28 @@ def test_several_classes_equal_scikit_learns(threshold):
     at = np.abs(curve["threshold"] - threshold).argmin()
     assert curve["recall"][at] == pytest.approx(right.sum() / (truth > 0).sum(), abs=tolerance)
     assert curve["precision"][at] == pytest.approx(right.sum() / (guess > 0).sum(), abs=tolerance)
+
+
+def test_a_class_that_is_nowhere_labelled_does_not_count():
+    label, logits = torch.zeros(1, 1, 4, 4), torch.full((1, 3, 4, 4), -9.0)
+    label[..., :2, :] = 1
+    logits[:, 0, :1] = 9  # half of class 1 is found
+    logits[:, 2, 3, 3] = 9  # and one pixel of class 3, which isn't there
+    for metrics in (ChangeMetrics(3), ThresholdMetrics(3)):
+        metrics.update(logits, label)
+        scores = metrics.compute()
+        assert scores["iou"] == scores["iou_1"] == 0.5
+        assert (scores["iou_2"], scores["iou_3"]) == (1, 0)
+    assert metrics.curve()["iou"][161] == 0.5
+
+
+def test_probabilities_give_their_logits_back():
+    logits = torch.tensor([[5.0, 20.0], [-3.0, 2.0], [30.0, 40.0]]).T.view(1, 2, 1, 3)
+    probability = torch.nn.functional.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(1)[0, 1:]
+    again = as_logits(probability)
+    assert torch.equal(again.argmax(1), logits.argmax(1)) and (again.logsumexp(1) > 0).all()
+    torch.testing.assert_close(again[..., 1], logits[..., 1])
+    assert as_logits(torch.tensor([[0.25, 1.0]]))[0, 0, 0] == pytest.approx([-1.0986, 18.42], abs=1e-3)
 
 
 def test_reset_forgets():

@@ -42,6 +42,16 @@ def test_each_parameter_has_one_optimizer(frozen):
     assert len(matrices) == len(muon.kernels)
 
 
+def test_a_kernel_that_was_moved_is_not_left_behind_in_silence():
+    layer = nn.Conv2d(4, 8, 3)
+    optimizer = KernelMuon([layer.weight])
+    layer(torch.randn(1, 4, 8, 8)).sum().backward()
+    optimizer.step()
+    layer.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        optimizer.step()
+
+
 def test_it_goes_on_as_if_nothing_had_happened():
     states = []
     for stop in (False, True):
