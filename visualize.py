@@ -28,7 +28,7 @@ from model import FusionUNet
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
 OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442", "wrong class": "#cc79a7"}
-CLASSES = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")  # again from the start if more
+CLASSES = ("#e69f00", "#009e73", "#0072b2", "#999999")  # those that are left, and a grey; again from the start if more
 COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
 CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across
 FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
