@@ -102,8 +102,7 @@ def main(**overrides: object) -> dict[str, float]:
             if config.EVALUATE is not None:
                 model = FusionUNet.load(config.EVALUATE, device)
                 if (classes := model.head.out_channels) != config.NUM_CLASSES:
-                    differs = f"{config.EVALUATE} tells {classes} classes apart; give {classes}"
-                    raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: {differs}")
+                    raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: give {classes}, as {config.EVALUATE} has")
             loaders = make_loaders(config, device)
             record = describe(config, began, device, loaders)
             last = last_checkpoint(config.RESUME)
@@ -175,8 +174,10 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         needed = given["SPLIT"] if given["EVALUATE"] else "train"
         demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, str(needed)).is_dir()
         began, constants = {"demo": demo}, constants | DEMO | overrides if demo else given
-        if demo and constants["NUM_CLASSES"] != 1:
+        if demo and (classes := constants["NUM_CLASSES"]) != 1:
             constants["DATA_DIR"] += "_classes"
+            if classes != 3:
+                raise OptionError(f"NUM_CLASSES={classes}: there is no data in data, and the demo has 1 class or 3")
         if processes.is_main() and given["RUN_NAME"] and Path("runs", str(given["RUN_NAME"])).exists():
             raise OptionError(f"RUN_NAME={given['RUN_NAME']}: that folder of runs/ is there already; name another")
     constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
@@ -240,7 +241,7 @@ def keep(
     model: FusionUNet, optimizers: Sequence[Optimizer], dataset: LEVIRCD, log: RunLog, row: dict, is_best: bool
 ) -> None:
     """Log and save an epoch."""
-    epoch, device = len(log.rows) + 1, next(model.parameters()).device
+    epoch, device = len(log.rows) + 1, model.mean.device
     if device.type == "cuda":
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     picture = log.folder / "predictions" / f"epoch_{epoch:03}.png"
@@ -319,8 +320,8 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
         The split's scores in crops at 0.5 (`test_iou`) and at the checkpoint's threshold (`test_tuned_iou`), of whole
         images (`test_whole_iou`, `test_whole_tuned_iou`), `test_average_precision` and `test_threshold`.
     """
+    crops, whole = (ThresholdMetrics(config.NUM_CLASSES) for _ in range(2))
     split, rows = loader.dataset.folder.name, []
-    crops, whole = ThresholdMetrics(config.NUM_CLASSES), ThresholdMetrics(config.NUM_CLASSES)
     run_pass(model, loader, SimpleNamespace(**vars(config) | {"AMP": False}), crops, name=split)  # as `predict` does
     images = LEVIRCD(config.DATA_DIR, split, cache_dir=config.CACHE_DIR, num_classes=config.NUM_CLASSES)
     for index in tqdm(range(len(images)), desc=f"{split}, whole images", unit="pair", leave=False, disable=None):
@@ -345,10 +346,10 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerows(rows)
-    title, device = f"{split} split, crops of {PROTOCOL_CROP}", next(model.parameters()).device
+    title = f"{split} split, crops of {PROTOCOL_CROP}"
     plot_precision_recall(crops.curve(), (0.5, model.threshold), title, log.folder / "precision_recall.png")
-    plot_predictions(model, images, device, path=log.folder / "worst.png", items=order[:10])
-    plot_predictions(model, images, device, path=log.folder / "best.png", items=order[:-11:-1])
+    for name, items in (("worst.png", order[:10]), ("best.png", order[:-11:-1])):
+        plot_predictions(model, images, model.mean.device, path=log.folder / name, items=items)
     return scores
 
 
@@ -363,7 +364,7 @@ def draw_best(model: FusionUNet, dataset: LEVIRCD, folder: Path) -> None:
     """Draw a run's curves and what its best model predicts in validation."""
     plot_curves(folder / "metrics.csv", folder / "curves.png")
     picture = folder / "validation_predictions.png"
-    plot_predictions(model, dataset, next(model.parameters()).device, path=picture)
+    plot_predictions(model, dataset, model.mean.device, path=picture)
     Path("images").mkdir(exist_ok=True)
     with written_whole(Path("images", picture.name), "wb") as file:
         file.write(picture.read_bytes())

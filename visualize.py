@@ -84,13 +84,16 @@ def plot_predictions(
     axis.set_xticks(np.arange(len(COLUMNS)) + 0.5, COLUMNS, fontsize=FONT["axes.titlesize"])
     axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center")
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    colours = dict(list(OUTCOMES.items())[:3])
-    if probability.ndim == 3:
-        classes = _class_colours(len(probability))[1:]
-        colours = {f"class {i}": colour for i, colour in enumerate(classes, 1)} | OUTCOMES
+    _legend(figure, 1 if probability.ndim == 2 else len(probability))
+    return _saved(figure, path)
+
+
+def _legend(figure: Figure, num_classes: int) -> None:
+    colours = {name: colour for name, colour in OUTCOMES.items() if num_classes > 1 or name != "wrong class"}
+    if num_classes > 1:
+        colours = {f"class {i}": colour for i, colour in enumerate(_class_colours(num_classes)[1:], 1)} | colours
     handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(colours), frameon=False)
-    return _saved(figure, path)
 
 
 def _class_colours(num_classes: int) -> np.ndarray:
@@ -223,12 +226,14 @@ def write_masks(
         chance = model.predict(path_a, image_b, tile_size, tta).numpy()
         mask, area = _classes(chance, model.threshold), pixel_size**2 if pixel_size else place.pixel_area()
         _write(chance, mask, image_b, place, files if probability else files[:2])
-        names = ["changed"] if chance.ndim == 2 else [f"of class {i}" for i in range(1, 1 + len(chance))]
-        for kind, name in enumerate(names, 1):
-            count = (mask == kind).sum()
-            metres = f", {count * area:,.1f} m²" if area else ""
-            share = f"{count:,} of {mask.size:,} pixels {name} ({count / mask.size:.2%})"
-            print(f"{files[0]}: {share}{metres}", flush=True)
+        for kind in range(1, 2 if chance.ndim == 2 else 1 + len(chance)):
+            name = "changed" if chance.ndim == 2 else f"of class {kind}"
+            print(f"{files[0]}: {_extent(mask == kind, name, area)}", flush=True)
+
+
+def _extent(where: np.ndarray, name: str, pixel_area: float | None) -> str:
+    metres = f", {where.sum() * pixel_area:,.1f} m²" if pixel_area else ""
+    return f"{where.sum():,} of {where.size:,} pixels {name} ({where.mean():.2%}){metres}"
 
 
 def _plan(before: Path, after: Path, out: str | None) -> list[tuple[Path, Path, Place, tuple[Path, ...]]]:

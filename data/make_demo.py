@@ -21,9 +21,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data.images import DataError
-
-CLASSES = ("new house", "gone house", "new road")  # 1, 2 and 3 in the masks, if three are told apart
 SPLITS = {"train": 128, "val": 32, "test": 32}  # pairs
 SIZE = 256  # pixels, a side
 FINE = 2  # drawn this much larger, then averaged down, so that edges are smooth
@@ -61,10 +58,8 @@ def make_demo(folder: str | Path, seed: int = 0, splits: dict[str, int] | None =
         folder: appears once it is whole; is left as it is where it is there already.
         seed: of the whole set.
         splits: number of pairs by split; None for `SPLITS`.
-        num_classes: 1, masks hold 0 and 255; or 3, 0 to 3: `CLASSES`.
+        num_classes: 1, masks hold 0 and 255; or 3, 0 to 3: new house, gone house, new road.
     """
-    if num_classes not in (1, len(CLASSES)):
-        raise DataError(f"NUM_CLASSES={num_classes}: the demo has 1 or {len(CLASSES)}; bring data of your own")
     splits, part = splits or SPLITS, Path(f"{folder}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):  # of two that begin together one draws
@@ -98,13 +93,13 @@ def draw_pair(rng: np.random.Generator, num_classes: int = 1) -> tuple[np.ndarra
     sun = rng.uniform(0, 2 * np.pi)
     new_road = len(roads) - 1 if num_classes > 1 and rng.random() < 0.5 else len(roads)
     images, label = [], np.zeros((SIZE, SIZE), np.uint8)
-    for date, old_roads in enumerate((roads[:new_road], roads)):
+    for date, laid in enumerate((roads[:new_road], roads)):
         shift = rng.integers(-3, 4, 2)  # in fine pixels: up to 1.5 of the image's
         standing = [house for house in houses if house.dates[date]]
-        image = _draw_ground(rng, ground, old_roads, houses, date)
-        image = _draw_objects(rng, image, old_roads, standing, trees[date], sun + rng.uniform(-0.5, 0.5))
+        image = _draw_ground(rng, ground, laid, houses, date)
+        image = _draw_objects(rng, image, laid, standing, trees[date], sun + rng.uniform(-0.5, 0.5))
         images.append(_expose(rng, _frame(image, shift)))
-        changes = {3: [road for road, _ in old_roads[new_road:]]}
+        changes = {3: [road for road, _ in laid[new_road:]]}
         changes[2 - date] = [house.corners(*wing) for house in standing if not all(house.dates) for wing in house.wings]
         for kind, polygons in changes.items():
             changed = Image.new("L", (EXTENT * FINE,) * 2)

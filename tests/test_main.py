@@ -168,8 +168,13 @@ def test_demo_of_three_classes(tiny, capsys):
     assert main.main(EVALUATE="runs/classes/best.pt", **constants) == {
         name: value for name, value in scores.items() if name.startswith("test_")
     }
-    with pytest.raises(OptionError, match=r"NUM_CLASSES=1: .*classes/best\.pt tells 3 classes apart; give 3"):
+    with pytest.raises(OptionError, match=r"NUM_CLASSES=1: give 3, as .*classes/best\.pt has"):
         main.main(EVALUATE="runs/classes/best.pt", DATA_DIR=str(tiny), DEVICE="cpu")
+
+
+def test_classes_that_the_demo_lacks():
+    with pytest.raises(OptionError, match="NUM_CLASSES=2: there is no data in data, and the demo has 1 class or 3"):
+        main.main(NUM_CLASSES=2)
 
 
 def test_failed_runs_are_told_so(tiny, monkeypatch):

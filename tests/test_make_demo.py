@@ -1,10 +1,13 @@
 """The drawn demo: repeatable, and not to be solved without learning."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from data import make_demo
-from dataset import LEVIRCD, DataError
+from dataset import LEVIRCD
 
 
 def test_same_seed_same_files(tmp_path):
@@ -47,9 +50,10 @@ def test_three_classes_of_change():
         assert (before - after if kind != 2 else after - before) > 8
 
 
-def test_classes_that_the_demo_lacks(tmp_path):
-    with pytest.raises(DataError, match="NUM_CLASSES=2: the demo has 1 or 3"):
-        make_demo.make_demo(tmp_path / "demo", num_classes=2)
+def test_as_a_program_it_leaves_what_is_there(tmp_path):
+    command = [sys.executable, make_demo.__file__, str(tmp_path)]
+    said = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True).stderr
+    assert said == f"error: {tmp_path} is there already; delete it to draw it anew\n"
 
 
 def test_nor_the_real_pairs(real):
