@@ -297,8 +297,7 @@ def run_pass(
         losses.last()
     metrics.sum_processes()
     loss_sum, pairs = processes.summed(torch.tensor([loss_sum.item(), pairs], dtype=torch.float64)).tolist()
-    scores = {"loss": loss_sum / pairs, **metrics.compute()}
-    return scores | {"pairs_per_second": pairs / (time.perf_counter() - start)}
+    return {"loss": loss_sum / pairs, **metrics.compute(), "pairs_per_second": pairs / (time.perf_counter() - start)}
 
 
 def learn(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ def cut_into_stages(backbone: str, weights: str | None) -> tuple[nn.ModuleDict, 
     if channels.keys() != set(STRIDES):
         raise ModelError(f"BACKBONE={backbone}: no features at strides 4, 8, 16 and 32; {BACKBONES}")
     if weights is None:
-        _normalise_noise(stages.values())
+        _measure_statistics(nn.Sequential(*stages.values()), _noise())
     return nn.ModuleDict(stages), [channels[stride] for stride in STRIDES], channels_last
 
 
@@ -59,18 +58,22 @@ def _classifier(backbone: str, weights: str | None) -> nn.Module:
         raise ModelError(message) from error
 
 
-def _normalise_noise(stages: Iterable[nn.Module]) -> None:
-    """Measure the statistics of an untrained backbone's BatchNorm on noise.
+def _noise() -> torch.Tensor:
+    """Images of noise, coarse and fine: float (8, 3, 128, 128), as if normalised."""
+    octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
+    return sum(octaves)
+
+
+def _measure_statistics(chain: nn.Module, images: torch.Tensor) -> None:
+    """Set the statistics of an untrained backbone's BatchNorm to those of some images.
 
     At 0 and 1 they normalise nothing, and what tells places apart fades (Krähenbühl et al. 2016, arXiv:1511.06856).
     """
-    octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
-    chain = nn.Sequential(*stages)
     momenta = {module: module.momentum for module in chain.modules() if isinstance(module, nn.BatchNorm2d)}
     for norm in momenta:
         norm.momentum = 1.0  # the statistics of the one batch, not a share of them
     with torch.no_grad():
-        chain.train()(sum(octaves))
+        chain.train()(images)
     for norm, momentum in momenta.items():
         norm.momentum = momentum
 

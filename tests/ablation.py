@@ -327,6 +327,13 @@ class LastStageTrained(model.FusionUNet):
         return self
 
 
+def training_crops() -> Tensor:
+    """Crops of the real training pairs, normalised about as ImageNet is: float (16, 3, 256, 256)."""
+    pairs = dataset.LEVIRCD(DATA["real"]["DATA_DIR"], "train", 256)
+    images = torch.stack([pairs[index][0] for index in range(0, len(pairs), -(-len(pairs) // 16))])
+    return (images / 255 - 0.45) / 0.225
+
+
 AS_IT_IS = "as it is"
 VARIANTS: dict[str, dict[str, object]] = {
     AS_IT_IS: {},
@@ -344,6 +351,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no trained encoder beside the frozen one": {"model.Side": NoTrainedEncoder},
     "no frozen features": {"model.Side": NoFrozenFeatures},
     "trained encoder without its second convolutions": {"model.Side": NoMixing},
+    "half as wide": {"model.CHANNELS": (8, 16, 32, 64, 96, 128)},
+    "at most 128 wide": {"model.CHANNELS": (16, 32, 64, 96, 128, 128)},
     "decoder ends at half the resolution": {"model.Up": HalfResolution},
     "enlarged by nearest neighbour": {"model.Up": Nearest},
     "enlarged by pixel shuffle": {"model.Up": PixelShuffle},
@@ -374,6 +383,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "moving average of the weights": {"main.run_pass": averaged_pass},
     "twice the crops": {"EPOCHS": 2},
     # backbone
+    "untrained statistics left at 0 and 1": {"data.backbone._measure_statistics": lambda *_: None},
+    "untrained statistics of training pairs, not of noise": {"data.backbone._noise": training_crops},
     "backbone trained, at a tenth of the rate": {"FREEZE_BACKBONE": False},
     "backbone's last stage trained, at a tenth of the rate": {
         "main.FusionUNet": LastStageTrained, "FREEZE_BACKBONE": False,

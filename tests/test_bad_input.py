@@ -158,7 +158,7 @@ def checkpoint(change: Callable[[dict], object]) -> Callable[[], None]:
 
 @functools.cache
 def model() -> FusionUNet:
-    return FusionUNet(weights=None)
+    return FusionUNet(weights=None, backbone="resnet18")
 
 
 def flip_a_weight() -> None:

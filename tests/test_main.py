@@ -106,7 +106,7 @@ def test_scores_of_a_split(tmp_path):
     for index in range(2):  # two crops of 256 wide and high, so that crops and whole images differ
         write_pair(tmp_path / "set" / "val", f"pair_{index}", *random_pair(np.random.default_rng(index), 300, 290))
     torch.manual_seed(0)
-    model = FusionUNet(weights=None)
+    model = FusionUNet(weights=None, backbone="resnet18")
     model.threshold = float(torch.sigmoid(torch.tensor(-3.0)))  # in the midst of an untrained model's probabilities
     torch.save(model.checkpoint(), "model.pt")
     scores = main.main(DATA_DIR="set", EVALUATE="model.pt", SPLIT="val", **QUICK)
@@ -139,7 +139,7 @@ def test_scores_of_a_split(tmp_path):
 def test_a_checkpoint_is_scored_where_there_is_nothing_to_train_on(tiny):
     Path("data").mkdir()
     (tiny / "test").rename("data/test")
-    torch.save(FusionUNet(weights=None).checkpoint(), "model.pt")
+    torch.save(FusionUNet(weights=None, backbone="resnet18").checkpoint(), "model.pt")
     scores = main.main(EVALUATE="model.pt", DEVICE="cpu", CACHE_DIR=None)
     assert scores.keys() >= {"test_iou", "test_whole_iou"}
     assert not Path("data/demo").exists()
@@ -147,7 +147,7 @@ def test_a_checkpoint_is_scored_where_there_is_nothing_to_train_on(tiny):
 
 def test_demo_where_there_is_no_data(capsys):
     make_demo("data/demo", splits={"train": 2, "val": 1, "test": 1})
-    main.main(EPOCHS=1, DEVICE="cpu", RUN_NAME="demo")
+    main.main(EPOCHS=1, BACKBONE="resnet18", DEVICE="cpu", RUN_NAME="demo")
     record = json.loads(Path("runs/demo/constants.json").read_text())
     assert record["demo"] and record["constants"]["DATA_DIR"] == "data/demo"
     assert record["constants"]["EPOCHS"] == 1  # the user's, not the demo's

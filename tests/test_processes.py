@@ -51,7 +51,7 @@ def test_processes_share_batches_and_sum_what_they_count(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(3):
         write_pair(tmp_path / "val", f"{index}", *random_pair(rng, 40, 70))
-    torch.save(FusionUNet(weights=None).checkpoint(), tmp_path / "model.pt")
+    torch.save(FusionUNet(weights=None, backbone="resnet18").checkpoint(), tmp_path / "model.pt")
     group = [PROCESSES.Process(target=work, args=(tmp_path, environment)) for environment in (*as_torchrun(3), {})]
     for process in group:
         process.start()

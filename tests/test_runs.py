@@ -143,7 +143,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_a_loss_that_is_not_finite_names_its_batch(tiny):
     config, _ = main.configure(QUICK | {"DATA_DIR": str(tiny)})
     loader = main.make_loader(LEVIRCD(tiny, "train", 32, augment=True), 4, 0, on_gpu=False)
-    model = FusionUNet(weights=None)
+    model = FusionUNet(weights=None, backbone="resnet18")
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_a_signal_lets_the_step_end(tiny, monkeypatch):
     config, _ = main.configure(QUICK | {"DATA_DIR": str(tiny)})
     loader, metrics = main.make_loader(LEVIRCD(tiny, "val", 32), 1, 0, on_gpu=False), ChangeMetrics()
     with pytest.raises(SystemExit) as end:
-        main.run_pass(FusionUNet(weights=None), loader, config, metrics)
+        main.run_pass(FusionUNet(weights=None, backbone="resnet18"), loader, config, metrics)
     assert end.value.code == 143 and metrics._counts.sum() == 32 * 32
 
 

@@ -38,7 +38,7 @@ class Recorder:
 @pytest.fixture(scope="module")
 def model() -> FusionUNet:
     torch.manual_seed(0)
-    return FusionUNet(weights=None)
+    return FusionUNet(weights=None, backbone="resnet18")
 
 
 @pytest.fixture(scope="module")
