@@ -42,7 +42,7 @@ from metrics import ThresholdMetrics, as_logits
 
 SEEDS = (0, 1, 2)
 DATA = {
-    "real": {"DATA_DIR": "runs/ablation_real", "EPOCHS": 3, "BATCH_SIZE": 2, "WARMUP_EPOCHS": 0.25, "WEIGHTS": None},
+    "real": {**main.DEMO, "DATA_DIR": "runs/ablation_real"},
     "demo": {**main.DEMO, "DATA_DIR": "runs/ablation_demo"},
 }
 RESULTS = Path("runs", "ablation.csv")
@@ -335,7 +335,7 @@ def training_crops() -> Tensor:
     """Crops of the real training pairs, normalised about as ImageNet is: float (16, 3, 256, 256)."""
     pairs = dataset.LEVIRCD(DATA["real"]["DATA_DIR"], "train", 256)
     images = torch.stack([pairs[index][0] for index in range(0, len(pairs), -(-len(pairs) // 16))])
-    return (images / 255 - 0.45) / 0.225
+    return ((images / 255 - 0.45) / 0.225).to(torch.get_default_device())  # which is none while `load` makes a model
 
 
 AS_IT_IS = "as it is"
@@ -402,7 +402,7 @@ def train(variant: str, data: str, seed: int) -> dict[str, object]:
     changes = {name: value for name, value in VARIANTS[variant].items() if name != "score"}
     name = re.sub(r"\W+", "_", variant if changes else AS_IT_IS)
     folder = Path("runs", f"ablation_{name}_{data}_{seed}")
-    constants = {"CROP_SIZE": main.CROP_SIZE, **DATA[data], "SEED": seed, "RUN_NAME": folder.name}
+    constants = {**DATA[data], "SEED": seed, "RUN_NAME": folder.name}
     crop_size, start = constants["CROP_SIZE"], CLOCK()
     with contextlib.ExitStack() as stack:
         for name, value in changes.items():
