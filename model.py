@@ -14,7 +14,7 @@ from data.backbone import STRIDES, cut_into_stages, fold
 from data.files import CHECKPOINTS, ModelError, read_checkpoint
 from data.images import DataError, ImageLike, as_tensor
 
-CHANNELS = (16, 32, 64, 128, 192, 256)  # what is trained is so wide at strides 1, 2, 4, 8, 16 and 32
+CHANNELS = (32, 64, 96, 128, 128)  # what is trained is so wide at strides 2, 4, 8, 16 and 32
 OVERLAP = 256  # pixels that neighbouring tiles of a large image share
 
 
@@ -32,18 +32,16 @@ class ConvNormReLU(nn.Sequential):
 class Side(nn.Module):
     """Step of the small encoder that is trained beside the frozen one, a ladder (Sung et al. 2022, arXiv:2206.06522).
 
-    The finer step, halved in size, plus the frozen features of this stride narrowed, if there are any; a 3 × 3 on both.
+    The finer step, halved in size, plus the frozen features of this stride narrowed, if there are any.
     """
 
     def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
         super().__init__()
         self.down = ConvNormReLU(finer_channels, out_channels, 3, stride=2)
         self.narrow = ConvNormReLU(frozen_channels, out_channels, 1) if frozen_channels else None
-        self.mix = ConvNormReLU(out_channels, out_channels, 3)
 
     def forward(self, finer: Tensor, frozen: Tensor | None) -> Tensor:
-        x = self.down(finer) if frozen is None else self.down(finer) + self.narrow(frozen)
-        return x + self.mix(x)
+        return self.down(finer) if frozen is None else self.down(finer) + self.narrow(frozen)
 
 
 class Fusion(nn.Module):
@@ -111,15 +109,13 @@ class FusionUNet(nn.Module):
         if freeze_backbone:
             fold(self.stages.eval().requires_grad_(False))
 
-        c1, c2, c4, c8, c16, c32 = CHANNELS
-        self.side1 = ConvNormReLU(3, c1, 3)
-        self.side2, self.side4, self.side8 = Side(c1, f2, c2), Side(c2, f4, c4), Side(c4, f8, c8)
+        c2, c4, c8, c16, c32 = CHANNELS
+        self.side2, self.side4, self.side8 = Side(3, f2, c2), Side(c2, f4, c4), Side(c4, f8, c8)
         self.side16, self.side32 = Side(c8, f16, c16), Side(c16, f32, c32)
         fusions = [Fusion(channels, ordered=out_channels > 1) for channels in CHANNELS]
-        self.fuse1, self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
+        self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
-        self.up1 = Up(c2, c1)
-        self.head = nn.Conv2d(c1, out_channels, 1)
+        self.head = nn.Conv2d(c2, out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: begin at 5 % (Lin et al. 2017, arXiv:1708.02002)
         self.train()
 
@@ -135,19 +131,18 @@ class FusionUNet(nn.Module):
         """
         images = self.prepare(image_a, image_b)
         f2, f4, f8, f16, f32 = self.encode(images)
-        s1 = self.side1(images)  # (2N, 16, H, W)
-        s2 = self.side2(s1, f2)  # (2N, 32, H/2, W/2)
+        s2 = self.side2(images, f2)  # (2N, 32, H/2, W/2)
         s4 = self.side4(s2, f4)  # (2N, 64, H/4, W/4)
-        s8 = self.side8(s4, f8)  # (2N, 128, H/8, W/8)
-        s16 = self.side16(s8, f16)  # (2N, 192, H/16, W/16)
-        s32 = self.side32(s16, f32)  # (2N, 256, H/32, W/32)
-        x = self.fuse32(s32)  # (N, 256, H/32, W/32)
-        x = self.up16(x, self.fuse16(s16))  # (N, 192, H/16, W/16)
-        x = self.up8(x, self.fuse8(s8))  # (N, 128, H/8, W/8)
+        s8 = self.side8(s4, f8)  # (2N, 96, H/8, W/8)
+        s16 = self.side16(s8, f16)  # (2N, 128, H/16, W/16)
+        s32 = self.side32(s16, f32)  # (2N, 128, H/32, W/32)
+        x = self.fuse32(s32)  # (N, 128, H/32, W/32)
+        x = self.up16(x, self.fuse16(s16))  # (N, 128, H/16, W/16)
+        x = self.up8(x, self.fuse8(s8))  # (N, 96, H/8, W/8)
         x = self.up4(x, self.fuse4(s4))  # (N, 64, H/4, W/4)
         x = self.up2(x, self.fuse2(s2))  # (N, 32, H/2, W/2)
-        x = self.up1(x, self.fuse1(s1))  # (N, 16, H, W)
-        logits = self.head(x).float()  # (N, out_channels, H, W)
+        x = self.head(x).float()  # (N, out_channels, H/2, W/2)
+        logits = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
         return logits[..., : image_a.shape[-2], : image_a.shape[-1]]
 
     def prepare(self, image_a: Tensor, image_b: Tensor) -> Tensor:

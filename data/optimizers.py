@@ -54,8 +54,8 @@ def make_optimizers(model: nn.Module, learning_rate: float, weight_decay: float)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     backbone = [value for name, value in trained.items() if name.startswith("stages.")]
     decoder = {name: value for name, value in trained.items() if not name.startswith("stages.")}
-    kernels = [value for name, value in decoder.items() if value.ndim == 4 and not name.startswith("head.")]
-    rest = [value for name, value in decoder.items() if value.ndim != 4 or name.startswith("head.")]
+    kernels = [value for name, value in decoder.items() if value.ndim == 4 and not name.startswith("head")]
+    rest = [value for name, value in decoder.items() if value.ndim != 4 or name.startswith("head")]
     groups = [{"params": rest}] + [{"params": backbone, "lr": BACKBONE_SHARE * learning_rate}] * bool(backbone)
     options = {"lr": learning_rate, "weight_decay": weight_decay}
     return [

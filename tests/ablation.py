@@ -94,7 +94,7 @@ class CrossAttention(model.Fusion):
 
     def __init__(self, channels: int, ordered: bool):
         super().__init__(channels, ordered)
-        self.attend = channels >= model.CHANNELS[4]
+        self.attend = channels >= model.CHANNELS[3]
         if self.attend:
             self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1)
 
@@ -120,43 +120,43 @@ class NoFrozenFeatures(model.Side):
 
 
 class NoTrainedEncoder(model.Side):
-    """The frozen features alone, narrowed; only the pixels themselves are still seen by a trained convolution."""
+    """The frozen features alone, narrowed."""
 
     def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
         super().__init__(finer_channels, frozen_channels, out_channels)
-        self.down = self.mix = None
+        self.down = None
 
     def forward(self, finer: Tensor, frozen: Tensor) -> Tensor:
         return self.narrow(frozen)
 
 
-class NoMixing(model.Side):
-    """No second convolution at each stride of the trained encoder."""
+class MixedSide(model.Side):
+    """A second convolution at each stride of the trained encoder."""
 
     def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
         super().__init__(finer_channels, frozen_channels, out_channels)
-        self.mix = None
+        self.mix = model.ConvNormReLU(out_channels, out_channels, 3)
 
     def forward(self, finer: Tensor, frozen: Tensor | None) -> Tensor:
-        return self.down(finer) + self.narrow(frozen)
+        x = super().forward(finer, frozen)
+        return x + self.mix(x)
 
 
-class HalfResolution(model.Up):
-    """The decoder's last step sees no pixels: features of every second one, narrowed and enlarged."""
+class FullResolution(model.FusionUNet):
+    """A trained convolution sees every pixel, and a last step of the decoder fuses both dates at full resolution."""
 
-    def __init__(self, in_channels: int, skip_channels: int):
-        super().__init__(in_channels, skip_channels)
-        if self.is_last(skip_channels):
-            self.conv1, self.conv2 = model.ConvNormReLU(in_channels, skip_channels, 1), None
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self.stem, self.fuse1 = model.ConvNormReLU(3, 16, 3), model.Fusion(16, ordered=False)
+        self.up1, self.head1 = model.Up(model.CHANNELS[0], 16), nn.Conv2d(16, 1, 1)
+        nn.init.constant_(self.head1.bias, -3.0)
+        self.up2.register_forward_hook(lambda _, __, x: setattr(self, "decoded", x))
+        self.train()
 
-    def is_last(self, skip_channels: int) -> bool:
-        """Whether this is the step to full resolution."""
-        return skip_channels == model.CHANNELS[0]
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        if not self.is_last(skip.shape[1]):
-            return super().forward(x, skip)
-        return F.interpolate(self.conv1(x), scale_factor=2, mode="bilinear", align_corners=False)
+    def forward(self, image_a: Tensor, image_b: Tensor) -> Tensor:
+        height, width = super().forward(image_a, image_b).shape[-2:]
+        x = self.up1(self.decoded, self.fuse1(self.stem(self.prepare(image_a, image_b))))
+        return self.head1(x).float()[..., :height, :width]
 
 
 class Nearest(model.Up):
@@ -261,7 +261,7 @@ class DeepSupervision(model.FusionUNet):
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
-        self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in model.CHANNELS[2:4])
+        self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in model.CHANNELS[1:3])
         for head, step in zip(self.heads, (self.up4, self.up8), strict=True):
             step.register_forward_hook(lambda _, __, x, head=head: self.outputs.append(head(x).float()))
 
@@ -333,9 +333,11 @@ class LastStageTrained(model.FusionUNet):
 
 def training_crops() -> Tensor:
     """Crops of the real training pairs, normalised about as ImageNet is: float (16, 3, 256, 256)."""
-    pairs = dataset.LEVIRCD(DATA["real"]["DATA_DIR"], "train", 256)
-    images = torch.stack([pairs[index][0] for index in range(0, len(pairs), -(-len(pairs) // 16))])
-    return ((images / 255 - 0.45) / 0.225).to(torch.get_default_device())  # which is none while `load` makes a model
+    device = torch.get_default_device()  # none, but for the form of them, while `FusionUNet.load` makes a model
+    with torch.device("cpu"):
+        pairs = dataset.LEVIRCD(DATA["real"]["DATA_DIR"], "train", 256)
+        images = torch.stack([pairs[index][0] for index in range(0, len(pairs), -(-len(pairs) // 16))])
+    return ((images / 255 - 0.45) / 0.225).to(device)
 
 
 AS_IT_IS = "as it is"
@@ -354,10 +356,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     # edges and the trained encoder
     "no trained encoder beside the frozen one": {"model.Side": NoTrainedEncoder},
     "no frozen features": {"model.Side": NoFrozenFeatures},
-    "trained encoder without its second convolutions": {"model.Side": NoMixing},
-    "half as wide": {"model.CHANNELS": (8, 16, 32, 64, 96, 128)},
-    "at most 128 wide": {"model.CHANNELS": (16, 32, 64, 96, 128, 128)},
-    "decoder ends at half the resolution": {"model.Up": HalfResolution},
+    "trained encoder with second convolutions": {"model.Side": MixedSide},
+    "half as wide": {"model.CHANNELS": tuple(width // 2 for width in model.CHANNELS)},
+    "twice as wide": {"model.CHANNELS": tuple(width * 2 for width in model.CHANNELS)},
+    "trained encoder and decoder at full resolution": {"main.FusionUNet": FullResolution},
     "enlarged by nearest neighbour": {"model.Up": Nearest},
     "enlarged by pixel shuffle": {"model.Up": PixelShuffle},
     # crops

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -135,9 +136,13 @@ def tracking_uri(tmp_path_factory) -> str:
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch, tracking_uri):
-    """Runs write below the working folder, and into one MLflow database."""
+    """Runs write below the working folder, and into one MLflow database; one thread is faster on what is so small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # They are forked from a process that has imported everything, and so start at once.
@@ -165,13 +170,14 @@ def as_torchrun(processes: int) -> list[dict[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     of_all = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(processes)]
 
 
 def _run(*command: str, **environment: str) -> None:
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as in a process of its own
     os.environ.update(environment)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))  # torch is there already
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     sys.argv = list(command)

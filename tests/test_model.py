@@ -116,6 +116,7 @@ def test_any_backbone_with_these_strides(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0", "densenet121"])
 def test_folding_is_exact(name):
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
         (stages, *_), pictures = backbone.cut_into_stages(name, None), torch.randn(2, 3, 64, 96)
@@ -169,7 +170,7 @@ def test_frozen_means_frozen():
     assert not learned & backbone
     assert learned == start.keys() - backbone - {"mean", "std"}
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert 4e6 < trainable < 7e6
+    assert 2e6 < trainable < 3e6
 
 
 def test_not_frozen_learns_everywhere():
