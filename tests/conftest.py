@@ -101,12 +101,13 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def killed_runs(tmp_path_factory):
+def killed_runs(tmp_path_factory, tracking_uri):
     """tests/kill_and_resume.py at work: the process, its output."""
     output = tmp_path_factory.mktemp("killed") / "output.txt"
     with open(output, "w") as file:
         command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "2"]
-        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri}
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     yield process, output
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)

@@ -184,18 +184,20 @@ def test_failed_runs_are_told_so(tiny, monkeypatch):
     assert logged_run("run").info.status == "FAILED"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_without_a_traceback(tiny, number, code):
-    run = start_main(**QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny, "NUM_WORKERS": 1})
-    while run.is_alive() and not Path("runs/run/last.pt").exists():
-        time.sleep(0.1)
-    os.killpg(run.pid, number)  # as Ctrl-C and job managers do: the workers get it too
-    run.join()
-    said = Path("output.txt").read_text()
-    assert run.exitcode == code and "Traceback" not in said
-    assert "the run can go on: python main.py RESUME=runs/run" in said
-    FusionUNet.load("runs/run/best.pt", "cpu")
-    assert logged_run("run").info.status == "KILLED"
+def test_signals_end_it_without_a_traceback(tiny):
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    constants = QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny, "NUM_WORKERS": 1}
+    runs = {number: start_main(**constants | {"RUN_NAME": number.name}) for number in codes}
+    for number, run in runs.items():
+        while run.is_alive() and not Path("runs", number.name, "last.pt").exists():
+            time.sleep(0.1)
+        os.killpg(run.pid, number)  # as Ctrl-C and job managers do: the workers get it too
+        run.join()
+        said = Path("output.txt").read_text()
+        assert run.exitcode == codes[number] and "Traceback" not in said
+        assert f"the run can go on: python main.py RESUME=runs/{number.name}" in said
+        FusionUNet.load(f"runs/{number.name}/best.pt", "cpu")
+        assert logged_run(number.name).info.status == "KILLED"
 
 
 # Constants
@@ -237,7 +239,5 @@ def test_real_pairs_run(real, tmp_path):
             link = tmp_path / "real" / split / file.parent.name / file.name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file)
-    scores = main.main(
-        DATA_DIR=str(tmp_path / "real"), **QUICK | {"BACKBONE": "resnet50", "CROP_SIZE": 256, "EPOCHS": 1}
-    )
+    scores = main.main(DATA_DIR=str(tmp_path / "real"), **QUICK | {"CROP_SIZE": 256, "EPOCHS": 1})
     assert 0 <= scores["val_iou"] <= 1 and scores["val_loss"] < 2

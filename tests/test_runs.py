@@ -99,22 +99,24 @@ def test_one_process_at_a_time_is_at_a_run(trained):
 
 
 def test_two_processes_go_on_as_one(one_epoch, tmp_path, monkeypatch):
+    for folder in ("two", "one"):
+        copy_run(one_epoch, tmp_path / folder)
+    monkeypatch.chdir("two")
+    group = [start("main.py", "RESUME=runs/run", "EPOCHS=2", **environment) for environment in as_torchrun(2)]
+    monkeypatch.chdir("../one")
+    main.main(RESUME="runs/run", EPOCHS=2)
+    for process in group:
+        process.join()
+    said = (tmp_path / "two" / "output.txt").read_text()
+    assert [process.exitcode for process in group] == [0, 0] and said.count("epoch 2/2") == 1, said
     rows = {}
-    for processes in (1, 2):
-        copy_run(one_epoch, tmp_path / str(processes))
-        monkeypatch.chdir(tmp_path / str(processes))
-        if processes == 1:
-            main.main(RESUME="runs/run", EPOCHS=2)
-        else:
-            group = [start("main.py", "RESUME=runs/run", "EPOCHS=2", **env) for env in as_torchrun(processes)]
-            for process in group:
-                process.join()
-                assert process.exitcode == 0, Path("output.txt").read_text()
-            assert Path("output.txt").read_text().count("epoch 2/2") == 1
+    for folder in ("two", "one"):
+        monkeypatch.chdir(tmp_path / folder)
         with open("runs/run/metrics.csv") as file:
-            rows[processes] = [[float(value) for value in row.values()] for row in csv.DictReader(file)]
+            rows[folder] = [[float(value) for value in row.values()] for row in csv.DictReader(file)]
         assert wrong_steps("run") == []
-    assert rows[1][0] == rows[2][0] and rows[1][1] == pytest.approx(rows[2][1], abs=1e-4) and len(rows[2]) == 2
+    assert rows["one"][0] == rows["two"][0] and rows["one"][1] == pytest.approx(rows["two"][1], abs=1e-4)
+    assert len(rows["two"]) == 2
 
 
 def test_a_full_disk_leaves_the_good_checkpoint(trained):
