@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
@@ -35,8 +34,6 @@ def cut_into_stages(backbone: str, weights: str | None) -> tuple[nn.ModuleDict, 
         channels[stride] = x.shape[-1 if channels_last else 1]
     if channels.keys() != set(STRIDES):
         raise ModelError(f"BACKBONE={backbone}: no features at strides 4, 8, 16 and 32; {BACKBONES}")
-    if weights is None:
-        _measure_statistics(nn.Sequential(*stages.values()), _noise())
     return nn.ModuleDict(stages), [channels[stride] for stride in STRIDES], channels_last
 
 
@@ -56,26 +53,6 @@ def _classifier(backbone: str, weights: str | None) -> nn.Module:
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
         message = f"the ImageNet weights can't be had ({reason}): put {url} at {file}, or set WEIGHTS=None"
         raise ModelError(message) from error
-
-
-def _noise() -> torch.Tensor:
-    """Images of noise, coarse and fine: float (8, 3, 128, 128), as if normalised."""
-    octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
-    return sum(octaves)
-
-
-def _measure_statistics(chain: nn.Module, images: torch.Tensor) -> None:
-    """Set the statistics of an untrained backbone's BatchNorm to those of some images.
-
-    At 0 and 1 they normalise nothing, and what tells places apart fades (Krähenbühl et al. 2016, arXiv:1511.06856).
-    """
-    momenta = {module: module.momentum for module in chain.modules() if isinstance(module, nn.BatchNorm2d)}
-    for norm in momenta:
-        norm.momentum = 1.0  # the statistics of the one batch, not a share of them
-    with torch.no_grad():
-        chain.train()(images)
-    for norm, momentum in momenta.items():
-        norm.momentum = momentum
 
 
 def fold(module: nn.Module) -> None:

@@ -3,10 +3,11 @@
     LEVIR_CD_DIR=FOLDER python tests/ablation.py [VARIANT …]
 
 A variant is what it changes: constants of main.py, or pieces of the code that are replaced while it trains, so that
-what didn't pay can be measured again without being part of the program. All are trained on as many crops, with an
-untrained backbone, and scored on the validation split; the demo is trained on only by a variant that isn't worse on the
-real pairs. All variants come with the first seed, then with the second. It can be stopped at any time and goes on when
-it is started again: results stand in runs/ablation.csv, a line a run, and are not made twice.
+what didn't pay can be measured again without being part of the program. All are trained on as many crops and scored on
+the validation split, with an untrained backbone whose BatchNorm got the statistics of noise: trained weights, too, come
+with some that fit. The demo is trained on only by a variant that isn't worse on the real pairs. All variants come with
+the first seed, then with the second. It can be stopped at any time and goes on when it is started again: results stand
+in runs/ablation.csv, a line a run, and are not made twice.
 
 All variants with all seeds take eight hours of one core (OMP_NUM_THREADS=1), the demo's runs apart.
 """
@@ -37,6 +38,7 @@ import dataset
 import losses
 import main
 import model
+from data import backbone
 from data.make_demo import make_demo
 from metrics import ThresholdMetrics, as_logits
 
@@ -331,6 +333,15 @@ class LastStageTrained(model.FusionUNet):
         return self
 
 
+# Statistics of an untrained backbone's BatchNorm
+
+
+def noise() -> Tensor:
+    """Images of noise, coarse and fine: float (8, 3, 128, 128), as if normalised."""
+    octaves = [F.interpolate(torch.randn(8, 3, size, size), size=(128, 128), mode="bilinear") for size in (4, 16, 64)]
+    return sum(octaves)
+
+
 def training_crops() -> Tensor:
     """Crops of the real training pairs, normalised about as ImageNet is: float (16, 3, 256, 256)."""
     device = torch.get_default_device()  # none, but for the form of them, while `FusionUNet.load` makes a model
@@ -340,6 +351,27 @@ def training_crops() -> Tensor:
     return ((images / 255 - 0.45) / 0.225).to(device)
 
 
+def measured_on(images: Callable[[], Tensor]) -> Callable[[str, None], nn.Module]:
+    """`_classifier` with the statistics of these images, by which its features have the scale of trained ones.
+
+    At 0 and 1 they normalise nothing (Krähenbühl et al. 2016, arXiv:1511.06856).
+    """
+
+    def classifier(backbone: str, weights: None) -> nn.Module:
+        classifier = CLASSIFIER(backbone, weights)
+        momenta = {module: module.momentum for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)}
+        for norm in momenta:
+            norm.momentum = 1.0  # the statistics of the one batch, not a share of them
+        with torch.no_grad():
+            classifier.train()(images())
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        return classifier
+
+    return classifier
+
+
+CLASSIFIER = backbone._classifier
 AS_IT_IS = "as it is"
 VARIANTS: dict[str, dict[str, object]] = {
     AS_IT_IS: {},
@@ -389,8 +421,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "moving average of the weights": {"main.run_pass": averaged_pass},
     "twice the crops": {"EPOCHS": 2},
     # backbone
-    "untrained statistics left at 0 and 1": {"data.backbone._measure_statistics": lambda *_: None},
-    "untrained statistics of training pairs, not of noise": {"data.backbone._noise": training_crops},
+    "untrained statistics left at 0 and 1, as main.py does": {"data.backbone._classifier": CLASSIFIER},
+    "untrained statistics of training pairs, not of noise": {"data.backbone._classifier": measured_on(training_crops)},
     "backbone trained, at a tenth of the rate": {"FREEZE_BACKBONE": False},
     "backbone's last stage trained, at a tenth of the rate": {
         "main.FusionUNet": LastStageTrained, "FREEZE_BACKBONE": False,
@@ -403,6 +435,7 @@ def train(variant: str, data: str, seed: int) -> dict[str, object]:
     """Train a variant, or go on with its run; returns its row."""
     changes = {name: value for name, value in VARIANTS[variant].items() if name != "score"}
     name = re.sub(r"\W+", "_", variant if changes else AS_IT_IS)
+    changes = {"data.backbone._classifier": measured_on(noise)} | changes
     folder = Path("runs", f"ablation_{name}_{data}_{seed}")
     constants = {**DATA[data], "SEED": seed, "RUN_NAME": folder.name}
     crop_size, start = constants["CROP_SIZE"], CLOCK()
