@@ -357,7 +357,7 @@ def measured_on(images: Callable[[], Tensor]) -> Callable[[str, None], nn.Module
     At 0 and 1 they normalise nothing (Krähenbühl et al. 2016, arXiv:1511.06856).
     """
 
-    def classifier(backbone: str, weights: None) -> nn.Module:
+    def measured(backbone: str, weights: None) -> nn.Module:
         classifier = CLASSIFIER(backbone, weights)
         momenta = {module: module.momentum for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)}
         for norm in momenta:
@@ -368,7 +368,7 @@ def measured_on(images: Callable[[], Tensor]) -> Callable[[str, None], nn.Module
             norm.momentum = momentum
         return classifier
 
-    return classifier
+    return measured
 
 
 CLASSIFIER = backbone._classifier
