@@ -171,8 +171,9 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         began = recorded(typed("RESUME", given["RESUME"], str), overrides)
         constants |= began["constants"] | overrides
     else:
-        needed = given["SPLIT"] if given["EVALUATE"] else "train"
-        demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not Path(DATA_DIR, str(needed)).is_dir()
+        splits = {"train", str(given["SPLIT"])} if given["EVALUATE"] else {"train"}
+        there = any(Path(DATA_DIR, split).is_dir() for split in splits)
+        demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not there
         began, constants = {"demo": demo}, constants | DEMO | overrides if demo else given
         if demo and (classes := constants["NUM_CLASSES"]) != 1:
             constants["DATA_DIR"] += "_classes"

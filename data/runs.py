@@ -221,7 +221,8 @@ class MLflowRun:
         except Exception as error:  # whatever is wrong with it, it is not worth a run
             reason = str(error).partition("\n")[0][:200]
             if status:
-                tqdm.write(f"MLflow lacks a part of this run ({reason}); RESUME=runs/{self.name} sends it")
+                again = "EVALUATE once more" if self.record["constants"].get("EVALUATE") else f"RESUME=runs/{self.name}"
+                tqdm.write(f"MLflow lacks a part of this run ({reason}); {again} sends it")
             elif not self._is_away:
                 tqdm.write(f"MLflow doesn't answer ({reason}); the run goes on, and what MLflow lacks is sent later")
             self._is_away = True

@@ -511,8 +511,8 @@ def link_real_pairs() -> None:
     folder = Path(DATA["real"]["DATA_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
-        if not (folder / split).exists():
-            (folder / split).symlink_to(Path(os.environ["LEVIR_CD_DIR"], split).resolve())
+        (folder / split).unlink(missing_ok=True)
+        (folder / split).symlink_to(Path(os.environ["LEVIR_CD_DIR"], split).resolve())
 
 
 def mean_iou(variant: str, data: str) -> float:
@@ -538,7 +538,7 @@ if __name__ == "__main__":
     chosen = sys.argv[1:] or list(VARIANTS)
     if unknown := set(chosen) - set(VARIANTS):
         sys.exit(f"error: {', '.join(unknown)}: no such variant; there are {', '.join(VARIANTS)}")
-    if "LEVIR_CD_DIR" not in os.environ:
+    if not Path(os.environ.get("LEVIR_CD_DIR", "no folder"), "val").is_dir():
         sys.exit("error: LEVIR_CD_DIR must name a folder of real pairs that holds train and val")
     link_real_pairs()
     make_demo(DATA["demo"]["DATA_DIR"], splits={"train": 128, "val": 32})

@@ -157,6 +157,12 @@ def test_demo_where_there_is_no_data(capsys):
     assert logged_run("demo").data.tags["demo"] == "True"
 
 
+def test_no_demo_for_a_split_that_the_data_lack():
+    Path("data/train").mkdir(parents=True)
+    config, began = main.configure({"EVALUATE": "best.pt"})
+    assert (config.DATA_DIR, began) == ("data", {"demo": False})
+
+
 def test_demo_of_three_classes(tiny, capsys):
     make_demo("data/demo_classes", splits={"train": 2, "val": 1, "test": 1}, num_classes=3)
     constants = {"NUM_CLASSES": 3, "BACKBONE": "resnet18", "DEVICE": "cpu"}
