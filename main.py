@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import csv
+import datetime
+import difflib
+import fcntl
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
-import typing
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import processes
-from data.files import read_checkpoint, save, written_whole
-from data.make_demo import make_demo
-from data.optimizers import make_optimizers
-from data.options import OptionError, checked, explanation, has_bfloat16, parse, pick_device, recorded, typed
-from data.runs import RunLog, describe, last_checkpoint, new_folder
-from dataset import LEVIRCD, color_jitter, make_loader
-from losses import CombinedIoULoss, LossReader
-from metrics import ChangeMetrics, ThresholdMetrics, as_logits, as_table
-from model import FusionUNet
+from dataset import LEVIRCD, DataError, color_jitter, make_loader, written_whole
+from losses import CombinedIoULoss
+from metrics import ChangeMetrics, ScoreLog, as_logits, as_table
+from model import FusionUNet, ModelError, explanation, has_bfloat16, make_optimizers, pick_device, read_checkpoint, save
 from visualize import plot_curves, plot_precision_recall, plot_predictions
 
 # DATA
@@ -70,10 +72,34 @@ RUN_NAME: str | None = None  # folder under runs/; None: date and time
 EVALUATE: str | None = None  # checkpoint to score instead of training, such as runs/RUN/best.pt; None: train
 SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores of test, where it is there
 
-PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
+# What each constant may be: its type, the least and the most of a number, and None where that means something.
+LARGEST = sys.maxsize
+ALLOWED = {
+    (str,): "DATA_DIR BACKBONE SPLIT",
+    (str, None): "CACHE_DIR WEIGHTS DEVICE RESUME RUN_NAME EVALUATE",
+    (bool,): "FREEZE_BACKBONE AMP COMPILE DETERMINISTIC",
+    (int, 0, LARGEST): "SEED",
+    (int, 0, LARGEST, None): "NUM_WORKERS",
+    (int, 1, LARGEST): "BATCH_SIZE EPOCHS",
+    (int, 1, LARGEST, None): "CROP_SIZE",
+    (int, 1, 255): "NUM_CLASSES",
+    (float, 0, LARGEST): "LEARNING_RATE WEIGHT_DECAY WARMUP_EPOCHS CLIP_NORM",
+    (float, 0, 1): "BRIGHTNESS CONTRAST SATURATION ALPHA",
+    (float, 0, 0.5): "HUE",
+}
+ALLOWED = {name: allowed for allowed, names in ALLOWED.items() for name in names.split()}
 
-# What changes where there is no data yet: minutes on two CPU cores, and nothing to download.
-DEMO = dict(DATA_DIR="data/demo", CROP_SIZE=128, WEIGHTS=None, BATCH_SIZE=4, EPOCHS=2, WARMUP_EPOCHS=0.2)
+# Where there is no data yet, constants that stand above as they came get values that take minutes on two CPU cores.
+DEMO = {
+    "DATA_DIR": ("data", "data/demo"), "CROP_SIZE": (256, 128), "WEIGHTS": ("IMAGENET1K_V1", None),
+    "BATCH_SIZE": (16, 4), "EPOCHS": (100, 2), "WARMUP_EPOCHS": (1.0, 0.2),
+}  # fmt: skip
+
+# What may change when a run goes on; anything else would make it another experiment.
+CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
+
+PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
+READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
 
 
 def main(**overrides: object) -> dict[str, float]:
@@ -83,7 +109,7 @@ def main(**overrides: object) -> dict[str, float]:
         **overrides: constants of this module to change for this run.
 
     Returns:
-        The scores: `val_iou`, `val_dice`, … of the best epoch, and `test_iou`, … as `evaluate` gives them.
+        The scores: `val_iou`, `val_dice`, … of the best epoch, and `test_iou`, … as `score` gives them.
 
     Raises:
         OptionError: an unknown constant, or a value that it can't have.
@@ -91,238 +117,212 @@ def main(**overrides: object) -> dict[str, float]:
         FloatingPointError: the loss isn't finite any more.
         OSError: something can't be written.
     """
-    with processes.joined():
-        with processes.first_of_machine():
-            config, began = configure(overrides)
-            device = pick_device(config.DEVICE)
-            torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-            torch.use_deterministic_algorithms(config.DETERMINISTIC)
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
-            torch.manual_seed(config.SEED)
-            if config.EVALUATE is not None:
-                model = FusionUNet.load(config.EVALUATE, device)
-                if (classes := model.head.out_channels) != config.NUM_CLASSES:
-                    raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: give {classes}, as {config.EVALUATE} has")
-            loaders = make_loaders(config, device)
-            record = describe(config, began, device, loaders)
-            last = last_checkpoint(config.RESUME)
-            if config.EVALUATE is None:
-                weights = None if last else config.WEIGHTS
-                model = FusionUNet(weights, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE)
-                model.to(device, memory_format=torch.channels_last)
-        if not processes.is_main():
-            return {} if config.EVALUATE else prefixed("val", fit(model, loaders, config, None, last))
-        folder = Path(config.RESUME) if config.RESUME else new_folder(config.RUN_NAME)
-        with RunLog(folder, record, last["rows"] if last else ()) as log:
-            if config.EVALUATE is not None:
-                processes.leave()
-                return evaluate(model, loaders[config.SPLIT], config, log)
+    with process_group(), contextlib.ExitStack() as one_at_a_time:
+        one_at_a_time.enter_context(first_of_machine())
+        config, began = configure(overrides)
+        device = pick_device(config.DEVICE)
+        torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+        torch.use_deterministic_algorithms(config.DETERMINISTIC)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
+        torch.manual_seed(config.SEED)
+        if config.EVALUATE is not None:
+            one_at_a_time.close()
+            return evaluate_checkpoint(config, began, device)
+        last = last_checkpoint(config.RESUME)
+        if last:
+            model = FusionUNet.load(Path(config.RESUME, "last.pt"), device)
+        else:
+            model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE)
+            model.to(device, memory_format=torch.channels_last)
+        crop_sizes = {"train": config.CROP_SIZE, "val": config.CROP_SIZE, "test": PROTOCOL_CROP}
+        if not Path(config.DATA_DIR, "test").is_dir():
+            del crop_sizes["test"]
+        loaders = {split: load(config, device, split, crop_size) for split, crop_size in crop_sizes.items()}
+        record = describe(config, began, device, loaders)
+        one_at_a_time.close()
+        if rank() > 0:
+            return train(model, loaders, config, None, last)
+        with run_folder(config, record) as folder, ScoreLog(folder, record, last["rows"] if last else ()) as log:
             try:
                 return train_and_score(model, loaders, config, log, last)
             except BaseException as error:
                 if not isinstance(error, FloatingPointError | torch.OutOfMemoryError):  # which would come again
-                    print(f"the run can go on: python main.py RESUME={folder}", flush=True)
+                    say(f"the run can go on: python main.py RESUME={folder}")
                 raise
 
 
-def make_loaders(config: SimpleNamespace, device: torch.device) -> dict[str, DataLoader]:
-    """The loaders by split: train, val and, if it is there, test; of a run that only scores, that split's."""
-    crop_sizes = {"train": config.CROP_SIZE, "val": config.CROP_SIZE, "test": PROTOCOL_CROP}
-    if config.EVALUATE is not None:
-        crop_sizes = {config.SPLIT: PROTOCOL_CROP}
-    elif not Path(config.DATA_DIR, "test").is_dir():
-        del crop_sizes["test"]
-    augmented = "train" if config.EVALUATE is None else None
-    return {
-        split: make_loader(
-            LEVIRCD(config.DATA_DIR, split, crop_size, split == augmented, config.CACHE_DIR, config.NUM_CLASSES),
-            config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda",
-        )
-        for split, crop_size in crop_sizes.items()
-    }  # fmt: skip
-
-
 def train_and_score(
-    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog, last: dict | None
+    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: ScoreLog, last: dict | None
 ) -> dict[str, float]:
     """Train up to EPOCHS, then draw and score the best epoch's model; returns the scores."""
     sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
-    several = f"{processes.count()} × " if processes.count() > 1 else ""
-    print(f"{log.folder}: {sizes} items of {config.DATA_DIR} on {several}{log.record['device']}", flush=True)
-    log.send(timeout=10)
-    scores = prefixed("val", fit(model, loaders, config, log, last))
-    processes.leave()
-    best = FusionUNet.load(log.folder / "best.pt", next(model.parameters()).device)
-    draw_best(best, loaders["val"].dataset, log.folder)
+    several = f"{world()} × " if world() > 1 else ""
+    say(f"{log.folder}: {sizes} items of {config.DATA_DIR} on {several}{log.record['device']}")
+    log.send()
+    scores = train(model, loaders, config, log, last)
+    leave_group()
+    best = FusionUNet.load(log.folder / "best.pt", model.mean.device)
+    plot_curves(log.folder / "metrics.csv", log.folder / "curves.png")
+    picture = log.folder / "validation_predictions.png"
+    plot_predictions(best, loaders["val"].dataset, best.mean.device, path=picture)
+    Path("images").mkdir(exist_ok=True)
+    with written_whole(Path("images", picture.name), "wb") as file:
+        file.write(picture.read_bytes())
     if "test" in loaders:
-        scores |= evaluate(best, loaders["test"], config, log)
-    print(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
+        scores |= score(best, loaders["test"], config, log)
+    say(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
     return scores
 
 
-def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
-    """The constants with the overrides put in, and how the run began: `demo`, and of one to resume its whole record."""
-    hints = typing.get_type_hints(sys.modules[__name__])
-    constants = {name: globals()[name] for name in hints}
-    if unknown := overrides.keys() - constants.keys():
-        raise OptionError(f"{', '.join(unknown)}: no such constant; there are {', '.join(constants)}")
-    given = constants | overrides
-    if given["RESUME"] is not None:
-        began = recorded(typed("RESUME", given["RESUME"], str), overrides)
-        constants |= began["constants"] | overrides
-    else:
-        splits = {"train", str(given["SPLIT"])} if given["EVALUATE"] else {"train"}
-        there = any(Path(DATA_DIR, split).is_dir() for split in splits)
-        demo = "DATA_DIR" not in overrides and DATA_DIR == "data" and not there
-        began, constants = {"demo": demo}, constants | DEMO | overrides if demo else given
-        if demo and (classes := constants["NUM_CLASSES"]) != 1:
-            constants["DATA_DIR"] += "_classes"
-            if classes != 3:
-                raise OptionError(f"NUM_CLASSES={classes}: there is no data in data, and the demo has 1 class or 3")
-        if processes.is_main() and given["RUN_NAME"] and Path("runs", str(given["RUN_NAME"])).exists():
-            raise OptionError(f"RUN_NAME={given['RUN_NAME']}: that folder of runs/ is there already; name another")
-    constants = {name: checked(name, constants[name], hint) for name, hint in hints.items()}
-    if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
-        raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
-    if (pairs := constants["BATCH_SIZE"]) % processes.count():
-        raise OptionError(f"BATCH_SIZE={pairs}: must be a multiple of the {processes.count()} processes")
-    if began["demo"]:
-        used = ", ".join(f"{name}={constants[name]}" for name in DEMO)
-        print(f"NO DATA in data (see data/README.md): USING THE DEMO with {used}", flush=True)
-        if not Path(constants["DATA_DIR"]).is_dir():
-            make_demo(constants["DATA_DIR"], num_classes=constants["NUM_CLASSES"])
-    return SimpleNamespace(**constants | {"RESUME": given["RESUME"]}), began
-
-
-def fit(
-    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: RunLog | None, last: dict | None
+def train(
+    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: ScoreLog | None, last: dict | None
 ) -> dict[str, float]:
     """Train up to EPOCHS, from the checkpoint `last` on if there is one, and validate after each epoch.
 
     Returns:
-        The validation scores of the epoch in best.pt; the process with the log, one of several, saves it.
-    """
-    optimizers = make_optimizers(model, config.LEARNING_RATE, config.WEIGHT_DECAY)
-    best, done = {"iou": -1.0}, 0
-    if last:
-        model.load_state_dict(last["model"])
-        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        best, done = read_checkpoint(Path(config.RESUME, "best.pt"))["scores"], last["epoch"]
-    steps, warmup = config.EPOCHS * len(loaders["train"]), config.WARMUP_EPOCHS * len(loaders["train"])
-    last_step = done * len(loaders["train"]) - 1
-    schedulers = [LambdaLR(each, lambda step: warmup_cosine(step, warmup, steps), last_step) for each in optimizers]
-    trained = processes.parallel(model)
-    if config.COMPILE:
-        trained = torch.compile(trained)
-    for epoch in range(done + 1, config.EPOCHS + 1):
-        # An epoch's order, crops and colours follow from the seed and its number alone.
-        torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
-        counts, metrics = ChangeMetrics(config.NUM_CLASSES), ThresholdMetrics(config.NUM_CLASSES)
-        learning_rate = schedulers[0].get_last_lr()[0]
-        train = run_pass(trained, loaders["train"], config, counts, optimizers, schedulers, f"epoch {epoch}")
-        val = run_pass(model, loaders["val"], config, metrics, name="validation")
-        model.threshold = metrics.best_threshold()
-        is_best = val["iou"] > best["iou"]
-        best = val if is_best else best
-        if log is None:
-            continue
-        row = prefixed("train", train) | prefixed("val", val) | {"learning_rate": learning_rate}
-        keep(model, optimizers, loaders["val"].dataset, log, row, is_best)
-        print(
-            f"epoch {epoch}/{config.EPOCHS}: train loss {train['loss']:.4f}, IoU {train['iou']:.4f}; val loss "
-            f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {train['pairs_per_second']:.1f} pairs/s"
-            f"{', the best so far' if is_best else ''}",
-            flush=True,
-        )
-    return best
-
-
-def keep(
-    model: FusionUNet, optimizers: Sequence[Optimizer], dataset: LEVIRCD, log: RunLog, row: dict, is_best: bool
-) -> None:
-    """Log and save an epoch."""
-    epoch, device = len(log.rows) + 1, model.mean.device
-    if device.type == "cuda":
-        row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    picture = log.folder / "predictions" / f"epoch_{epoch:03}.png"
-    plot_predictions(model, dataset, device, num_samples=4, path=picture)
-    log.epoch(row, picture)
-    scores = {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
-    checkpoint = model.checkpoint() | {"epoch": epoch, "scores": scores}
-    if is_best:
-        save(checkpoint, log.folder / "best.pt")
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    save(checkpoint | {"optimizers": states, "rows": log.rows}, log.folder / "last.pt")
-    log.send()
-
-
-def run_pass(
-    model: FusionUNet, loader: DataLoader, config: SimpleNamespace, metrics: ChangeMetrics,
-    optimizers: Sequence[Optimizer] = (), schedulers: Sequence[LRScheduler] = (), name: str = "",
-) -> dict[str, float]:  # fmt: skip
-    """One pass over a loader: training where optimizers are given, evaluation otherwise.
-
-    Returns:
-        `loss`, the mean over the pairs, what `metrics` computes, and `pairs_per_second`; of all processes together.
+        The validation scores of the epoch in best.pt, `val_iou` …; of several processes the one with the log saves.
 
     Raises:
-        FloatingPointError: the loss of a step isn't finite; seen in the next one.
+        FloatingPointError: the loss isn't finite; what was saved last is kept.
     """
-    training, device = bool(optimizers), next(model.parameters()).device
-    model.train(training)
-    criterion, losses, start = CombinedIoULoss(config.ALPHA), LossReader(name, loader, device), time.perf_counter()
-    loss_sum, pairs = torch.zeros((), device=device), 0
+    device, loader, jitter = model.mean.device, loaders["train"], (config.BRIGHTNESS, config.CONTRAST)
+    jitter += config.SATURATION, config.HUE, rank(), world()
+    parallel = wrapped(model, config.COMPILE)
+    optimizers = make_optimizers(model, config.LEARNING_RATE, config.WEIGHT_DECAY)
+    rows = last["rows"] if last else []
+    for optimizer, state in zip(optimizers, last["optimizers"] if last else (), strict=False):
+        optimizer.load_state_dict(state)
+    steps, warmup = config.EPOCHS * len(loader), config.WARMUP_EPOCHS * len(loader)
+    last_step = len(rows) * len(loader) - 1
+    schedulers = [LambdaLR(each, lambda step: warmup_cosine(step, warmup, steps), last_step) for each in optimizers]
+    criterion, metrics = CombinedIoULoss(config.ALPHA), ChangeMetrics(config.NUM_CLASSES)
+    best = max(rows, key=lambda row: row["val_iou"], default={"val_iou": -1.0})
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and has_bfloat16(device))
-    bar = tqdm(total=len(loader.dataset), desc=name, unit="pair", leave=False, disable=None)
-    with torch.set_grad_enabled(training), bar:
+    began, drawing = time.perf_counter(), 0.0  # seconds
+
+    for epoch in range(len(rows) + 1, config.EPOCHS + 1):
+        # An epoch's order, crops and colours follow from the seed and its number alone.
+        torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
+        learning_rate, start = schedulers[0].get_last_lr()[0], time.perf_counter()
+        model.train()
+        metrics.reset()
+        loss_sum, pairs = torch.zeros((), device=device), 0
+        with progress(loader, f"epoch {epoch}") as bar:
+            for step, batch in enumerate(loader, 1):
+                image_a, image_b, label = (tensor.to(device, non_blocking=True) for tensor in batch)
+                image_a, image_b = color_jitter(image_a, *jitter), color_jitter(image_b, *jitter)
+                with autocast:
+                    logits = parallel(image_a, image_b)
+                loss = criterion(logits, label)
+                model.zero_grad()
+                loss.backward()
+                if config.CLIP_NORM:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.CLIP_NORM)
+                for each in (*optimizers, *schedulers):
+                    each.step()
+                metrics.update(logits, label)
+                loss_sum += loss.detach() * len(label)
+                pairs += len(label)
+                bar.update(world() * len(label))
+                if step % READ_EVERY == 0 or step == len(loader):
+                    mean_loss = loss_sum.item() / pairs  # here the host waits for the device, and nowhere else
+                    bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+                    if not math.isfinite(mean_loss):
+                        steps = f"steps {1 + (step - 1) // READ_EVERY * READ_EVERY} to {step}"
+                        hint = "lower LEARNING_RATE, or set AMP=False"
+                        raise FloatingPointError(f"epoch {epoch}, {steps}: the loss is {mean_loss}; {hint}")
+        row = {"loss": mean_loss, **metrics.compute()}
+        row = prefixed("train", row | {"pairs_per_second": world() * pairs / (time.perf_counter() - start)})
+
+        val, counts = evaluate(model, loaders["val"], config, "validation", config.AMP)
+        model.threshold = counts.best_threshold()
+        row |= prefixed("val", val) | {"learning_rate": learning_rate}
+        if device.type == "cuda":
+            row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        is_best = row["val_iou"] > best["val_iou"]
+        best = row if is_best else best
+        if log is None:
+            continue
+        picture, start = log.folder / "predictions" / f"epoch_{epoch:03}.png", time.perf_counter()
+        # Of about ten epochs, and in a tenth of the time at most.
+        if (epoch == 1 or epoch % math.ceil(config.EPOCHS / 9) == 0) and drawing <= (start - began) / 10:
+            plot_predictions(model, loaders["val"].dataset, device, num_samples=4, path=picture)
+            drawing += time.perf_counter() - start
+        log.epoch(row, picture if picture.exists() else None)
+        if is_best:
+            save(model.checkpoint() | {"epoch": epoch, "scores": val}, log.folder / "best.pt")
+        states = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "rows": log.rows}
+        save(model.checkpoint(whole=False) | {"epoch": epoch} | states, log.folder / "last.pt")
+        log.send()
+        say(
+            f"epoch {epoch}/{config.EPOCHS}: train loss {row['train_loss']:.4f}, IoU {row['train_iou']:.4f}; val loss "
+            f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {row['train_pairs_per_second']:.1f} "
+            f"pairs/s{', the best so far' if is_best else ''}"
+        )
+    return {name: value for name, value in best.items() if name.startswith("val_")}
+
+
+@torch.no_grad()
+def evaluate(
+    model: FusionUNet, loader: DataLoader, config: SimpleNamespace, name: str, amp: bool
+) -> tuple[dict[str, float], ChangeMetrics]:
+    """One pass over a split, of all processes together.
+
+    Returns:
+        `loss`, the mean over the pairs, the scores at 0.5 and `pairs_per_second`; and the counts for other thresholds.
+
+    Raises:
+        FloatingPointError: the loss isn't finite.
+    """
+    device, start = model.mean.device, time.perf_counter()
+    criterion, metrics = CombinedIoULoss(config.ALPHA), ChangeMetrics(config.NUM_CLASSES)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bfloat16(device))
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, pairs
+    for buffer in model.buffers() if dist.is_initialized() else ():
+        dist.broadcast(buffer, 0)  # BatchNorm's statistics, which differ on CPUs: those that are saved
+    model.eval()
+    with progress(loader, name) as bar:
         for batch in loader:
-            interrupt.in_step = True
             image_a, image_b, label = (tensor.to(device, non_blocking=True) for tensor in batch)
-            if training:
-                strengths = config.BRIGHTNESS, config.CONTRAST, config.SATURATION, config.HUE
-                image_a, image_b = color_jitter(image_a, *strengths), color_jitter(image_b, *strengths)
             with autocast:
                 logits = model(image_a, image_b)
             loss = criterion(logits, label)
-            if training:
-                learn(loss, model, optimizers, schedulers, config.CLIP_NORM)
-            metrics.update(logits.detach(), label)
-            loss_sum += loss.detach() * len(label)
-            pairs += len(label)
-            bar.set_postfix(loss=f"{losses.exchange(loss):.4f}", refresh=False)
-            bar.update(processes.count() * len(label))
-            interrupt.in_step = False
-            if interrupt.signal:
-                sys.exit(128 + interrupt.signal)
-        losses.last()
-    metrics.sum_processes()
-    loss_sum, pairs = processes.summed(torch.tensor([loss_sum.item(), pairs], dtype=torch.float64)).tolist()
-    return {"loss": loss_sum / pairs, **metrics.compute(), "pairs_per_second": pairs / (time.perf_counter() - start)}
+            metrics.update(logits, label)
+            sums += torch.stack([loss * len(label), torch.full_like(loss, len(label))])
+            bar.update(world() * len(label))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, pairs = sums.tolist()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name}: the loss is {loss}; lower LEARNING_RATE, or set AMP=False")
+    scores = {"loss": loss / pairs, **metrics.compute(), "pairs_per_second": pairs / (time.perf_counter() - start)}
+    return scores, metrics
 
 
-def learn(
-    loss: Tensor, model: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[LRScheduler], clip_norm: float
-) -> None:
-    """One step down the loss's gradient."""
-    model.zero_grad()
-    loss.backward()
-    if clip_norm:
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-    for steps in (*optimizers, *schedulers):
-        steps.step()
+def evaluate_checkpoint(config: SimpleNamespace, began: dict, device: torch.device) -> dict[str, float]:
+    """Score the checkpoint EVALUATE on SPLIT, into a run folder of its own; the first process does it alone."""
+    if rank() > 0:
+        return {}
+    leave_group()
+    model = FusionUNet.load(config.EVALUATE, device)
+    if (classes := model.head.out_channels) != config.NUM_CLASSES:
+        raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: give {classes}, as {config.EVALUATE} has")
+    data = LEVIRCD(config.DATA_DIR, config.SPLIT, PROTOCOL_CROP, False, config.CACHE_DIR, config.NUM_CLASSES)
+    loader = make_loader(data, config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda")
+    record = describe(config, began, device, {config.SPLIT: loader})
+    with run_folder(config, record) as folder, ScoreLog(folder, record) as log:
+        return score(model, loader, config, log)
 
 
-def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: RunLog) -> dict[str, float]:
+def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: ScoreLog) -> dict[str, float]:
     """Score a split in crops of 256 pixels, as the field does, and in whole images, as users see them.
 
     Returns:
         The split's scores in crops at 0.5 (`test_iou`) and at the checkpoint's threshold (`test_tuned_iou`), of whole
         images (`test_whole_iou`, `test_whole_tuned_iou`), `test_average_precision` and `test_threshold`.
     """
-    crops, whole = (ThresholdMetrics(config.NUM_CLASSES) for _ in range(2))
-    split, rows = loader.dataset.folder.name, []
-    run_pass(model, loader, SimpleNamespace(**vars(config) | {"AMP": False}), crops, name=split)  # as `predict` does
+    split, rows, whole = loader.dataset.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
+    _, crops = evaluate(model, loader, config, split, amp=False)  # as `predict` computes
     images = LEVIRCD(config.DATA_DIR, split, cache_dir=config.CACHE_DIR, num_classes=config.NUM_CLASSES)
     for index in tqdm(range(len(images)), desc=f"{split}, whole images", unit="pair", leave=False, disable=None):
         image_a, image_b, label = images[index]
@@ -335,7 +335,7 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
         for threshold, tuned in ((0.5, ""), (model.threshold, "tuned_")):
             table[f"{protocol}, above {threshold:.3f}"] = row = metrics.compute(threshold)
             scores |= {f"{prefix}{tuned}{name}": value for name, value in row.items()}
-    print(f"{split} split; {model.threshold:.3f} was the best threshold on validation\n{as_table(table)}", flush=True)
+    say(f"{split} split; {model.threshold:.3f} was the best threshold on validation\n{as_table(table)}")
     scores = prefixed(split, scores)
     log.scores(scores)
     with written_whole(log.folder / f"{split}_metrics.json") as file:
@@ -353,6 +353,12 @@ def evaluate(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log
     return scores
 
 
+def load(config: SimpleNamespace, device: torch.device, split: str, crop_size: int | None) -> DataLoader:
+    """A split's loader, of this process's share; of train of random crops."""
+    data = LEVIRCD(config.DATA_DIR, split, crop_size, split == "train", config.CACHE_DIR, config.NUM_CLASSES)
+    return make_loader(data, config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda", rank(), world())
+
+
 def warmup_cosine(step: int, warmup: float, steps: int) -> float:
     """Factor of the peak learning rate: a linear rise over `warmup` steps, then a half cosine to 0 at `steps`."""
     if step < warmup:
@@ -360,41 +366,265 @@ def warmup_cosine(step: int, warmup: float, steps: int) -> float:
     return (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, steps - warmup)))) / 2
 
 
-def draw_best(model: FusionUNet, dataset: LEVIRCD, folder: Path) -> None:
-    """Draw a run's curves and what its best model predicts in validation."""
-    plot_curves(folder / "metrics.csv", folder / "curves.png")
-    picture = folder / "validation_predictions.png"
-    plot_predictions(model, dataset, model.mean.device, path=picture)
-    Path("images").mkdir(exist_ok=True)
-    with written_whole(Path("images", picture.name), "wb") as file:
-        file.write(picture.read_bytes())
-
-
 def prefixed(split: str, scores: dict[str, float]) -> dict[str, float]:
     """The scores under the names `split_score`."""
     return {f"{split}_{name}": value for name, value in scores.items()}
 
 
-interrupt = SimpleNamespace(signal=0, in_step=False)
+# The constants
 
 
-def take_signal(number: int, _: object) -> None:
-    """SIGINT and SIGTERM end the process with 128 + their number, after the step at hand; a second one at once."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
-    interrupt.signal = number
-    if not interrupt.in_step:
-        sys.exit(128 + number)
+class OptionError(DataError):
+    """A constant, or a value of one, that can't be; the message says what can."""
+
+
+def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
+    """The constants with the overrides put in, and how the run began: `demo`, and of one to resume its whole record."""
+    for name in overrides.keys() - ALLOWED.keys():
+        near = difflib.get_close_matches(name.upper(), ALLOWED, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise OptionError(f"{name}: no such constant{hint} python main.py --help lists them")
+    constants = {name: globals().get(name, "") for name in ALLOWED} | overrides
+    constants = {name: checked(name, value) for name, value in constants.items()}
+    if (folder := constants["RESUME"]) is not None:
+        began = recorded(folder, {name: constants[name] for name in overrides})
+        constants = constants | began["constants"] | {name: constants[name] for name in overrides}
+    else:
+        splits = {"train", constants["SPLIT"]} if constants["EVALUATE"] else {"train"}
+        there = any(Path(constants["DATA_DIR"], split).is_dir() for split in splits)
+        began = {"demo": constants["DATA_DIR"] == "data" and "DATA_DIR" not in overrides and not there}
+        if (name := constants["RUN_NAME"]) and rank() == 0 and Path("runs", name).exists():
+            raise OptionError(f"RUN_NAME={name}: that folder of runs/ is there already; name another")
+    if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
+        raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
+    if (pairs := constants["BATCH_SIZE"]) % world():
+        raise OptionError(f"BATCH_SIZE={pairs}: must be a multiple of the {world()} processes")
+    if began["demo"] and folder is None:
+        constants |= use_demo(constants, overrides)
+    return SimpleNamespace(**constants | {"RESUME": folder}), began
+
+
+def use_demo(constants: dict[str, object], overrides: dict[str, object]) -> dict[str, object]:
+    """The demo's constants, where the user's don't differ from what they came as; draws it where it isn't yet."""
+    used = {name: demo for name, (came_as, demo) in DEMO.items()
+            if name not in overrides and constants[name] == came_as}  # fmt: skip
+    if (classes := constants["NUM_CLASSES"]) != 1:
+        used["DATA_DIR"] += "_classes"
+        if classes != 3:
+            raise OptionError(f"NUM_CLASSES={classes}: there is no data in data, and the demo has 1 class or 3")
+    shown = ", ".join(f"{name}={(constants | used)[name]}" for name in DEMO)
+    say(f"NO DATA in data (see data/README.md): USING THE DEMO with {shown}")
+    if not Path(used["DATA_DIR"]).is_dir():
+        try:
+            from data.make_demo import make_demo  # here alone: who mounts a disk over data/ has no demo to draw
+        except ImportError as error:
+            raise OptionError("DATA_DIR=data: no train in it, nor make_demo.py to draw a demo: give another") from error
+        make_demo(used["DATA_DIR"], num_classes=classes)
+    return used
+
+
+def checked(name: str, value: object) -> object:
+    """The value of a constant as the program has it, from a person's Python or command line.
+
+    Raises:
+        OptionError: it has another type or lies outside its bounds.
+    """
+    kind, *bounds = ALLOWED[name]
+    optional = None in bounds
+    if isinstance(value, str) and (kind is not str or value == "None"):
+        with contextlib.suppress(ValueError, SyntaxError):  # what is no literal stays text, which is refused below
+            value = ast.literal_eval(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if value is None and optional:
+        return None
+    words = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    if bounds and bounds[0] is not None:
+        least, most = bounds[:2]
+        words += f" from {least} to {most}" if most < LARGEST else f", {least} or more"
+        valid = type(value) is kind and least <= value <= most
+    else:
+        valid = type(value) is kind and value != ""
+    if not valid:
+        raise OptionError(f"{name}={value}: must be {words}{', or None' * optional}")
+    if name in ("RUN_NAME", "SPLIT") and Path(value).name != value:
+        raise OptionError(f"{name}={value}: must be a name, not a path")
+    return value
+
+
+def recorded(folder: str, overrides: dict[str, object]) -> dict:
+    """The record of a run that shall go on with some of its constants changed."""
+    try:
+        record = json.loads(Path(folder, "constants.json").read_text(encoding="utf-8"))
+        began = record["constants"]
+        scored, epochs = began["EVALUATE"], began["EPOCHS"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise OptionError(f"RESUME={folder}: not the folder of a run ({error}); give one of runs/") from error
+    if scored is not None:
+        raise OptionError(f"RESUME={folder}: this run scored a checkpoint and is done; give EVALUATE again")
+    for name, value in overrides.items():
+        if name != "RESUME" and name not in CHANGEABLE and value != began.get(name):
+            changeable = ", ".join(CHANGEABLE)
+            raise OptionError(f"{name}={value}: the run began with {began.get(name)}; only {changeable} may change")
+    if overrides.get("EPOCHS", epochs) < epochs:
+        raise OptionError(f"EPOCHS={overrides['EPOCHS']}: may be raised, but the run began with {epochs}")
+    return record
+
+
+def from_command_line(arguments: Sequence[str]) -> dict[str, str]:
+    """`NAME=value` as `main` takes it; where help is asked for, prints the constants and ends the program."""
+    if {"-h", "--help", "help"} & set(arguments):
+        source = Path(__file__).read_text(encoding="utf-8")
+        constants = source[source.index("# DATA\n") : source.index("# What each constant may be")]
+        print(f"{__doc__}\n\nThe constants, as they stand in main.py:\n\n{constants.rstrip()}")
+        sys.exit()
+    for argument in arguments:
+        if "=" not in argument:
+            raise OptionError(f"{argument}: give NAME=value; python main.py --help lists the names")
+    return dict(argument.split("=", 1) for argument in arguments)
+
+
+# The folder of a run
+
+
+@contextlib.contextmanager
+def run_folder(config: SimpleNamespace, record: dict) -> Iterator[Path]:
+    """The folder of the run, new or gone on with, its record in it, kept from other processes meanwhile.
+
+    Raises:
+        OSError: another process is at this run, or the folder can't be written.
+    """
+    folder = Path(config.RESUME or Path("runs", config.RUN_NAME or time.strftime("%Y-%m-%d_%H-%M-%S")))
+    while not config.RESUME:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # two that started within a second
+            folder = folder.with_name(folder.name + "_2")
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # for as long as this process lives, its workers apart
+        except (BlockingIOError, PermissionError) as error:
+            raise OSError(f"{folder}: another process is at this run; wait for its end") from error
+        for part in folder.glob("*.part"):  # left by a process that was killed
+            part.unlink()
+        with written_whole(folder / "constants.json") as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+        yield folder
+
+
+def describe(config: SimpleNamespace, began: dict, device: torch.device, loaders: dict[str, DataLoader]) -> dict:
+    """What is recorded of a run; DataError where the data are not those that it began with."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError):  # no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    packages = ("torchvision", "numpy", "pillow", "matplotlib", "mlflow")
+    record = {
+        "constants": vars(config) | {"RESUME": None},
+        "demo": began["demo"],
+        "id": began.get("id", uuid.uuid4().hex),
+        "data": {split: loader.dataset.fingerprint() for split, loader in loaders.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "git": commit or "unknown",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {package: importlib.metadata.version(package) for package in packages},
+    }
+    comparable = ("data", "device", "git", "versions")
+    differing = [name for name in comparable if began.get(name, record[name]) != record[name]]
+    if "data" in differing:
+        raise DataError(f"{config.DATA_DIR}: not the files that {config.RESUME} began with; bring those back")
+    if differing:
+        say(f"{', '.join(differing)}: not as when the run began; its scores may differ in the last digits")
+    return record
+
+
+def last_checkpoint(folder: str | None) -> dict | None:
+    """`last.pt` of a run to resume; None where no epoch was finished."""
+    if folder is None or not Path(folder, "last.pt").exists():
+        return None
+    try:
+        return read_checkpoint(Path(folder, "last.pt"))
+    except ModelError as error:
+        reason = str(error).partition(";")[0]
+        raise ModelError(
+            f"{reason}; without it RESUME begins with the first epoch; best.pt is a file of its own"
+        ) from error
+
+
+# Several processes, one a GPU, as torchrun starts them
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """The block in one group with the other processes, if there are some."""
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # a large data set takes hours to decode
+    try:
+        yield
+    finally:
+        leave_group()
+
+
+def leave_group() -> None:
+    """Go on alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 logs and saves."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def first_of_machine() -> Iterator[None]:
+    """The block in the first process of each machine, then in the others: it fetches, decodes and complains for all."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if world() > 1 and not is_first:
+        dist.all_reduce(torch.zeros(1))
+    yield
+    if world() > 1 and is_first:
+        dist.all_reduce(torch.zeros(1))
+
+
+def wrapped(model: FusionUNet, compiled: bool) -> nn.Module:
+    """The model to train with: its gradients and, on GPUs, BatchNorm's statistics are of all processes' pairs."""
+    parallel = model
+    if dist.is_initialized():
+        if model.mean.is_cuda:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; there is none for the CPU
+        parallel = nn.parallel.DistributedDataParallel(model)
+    return torch.compile(parallel) if compiled else parallel
+
+
+def say(line: str) -> None:
+    """Print it once, however many processes there are."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
+def progress(loader: DataLoader, name: str) -> tqdm:
+    """A bar that counts pairs, in a terminal, of the first process."""
+    return tqdm(total=len(loader.dataset), desc=name, unit="pair", leave=False, disable=rank() > 0 or None)
+
+
+def end(number: int, _: object) -> None:
+    """A signal ends the program as it ends others, with 128 + its number, after what must be told and closed."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, take_signal)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
     try:
-        main(**parse(sys.argv[1:], typing.get_type_hints(sys.modules[__name__])))
+        main(**from_command_line(sys.argv[1:]))
     except Exception as error:
-        if interrupt.signal and isinstance(error, RuntimeError):  # another process of torchrun's was a step ahead
-            sys.exit(128 + interrupt.signal)
         if (line := explanation(error, memory="BATCH_SIZE or CROP_SIZE")) is None:
             raise
         sys.exit(f"error: {line}")

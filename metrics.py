@@ -1,14 +1,33 @@
-"""Scores from counts over a whole split, never averaged over batches."""
+"""Scores from counts over a whole split, never averaged over batches; and the log that keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.tracking.context.registry import resolve_tags
+from PIL import Image
+from torch import Tensor, distributed
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from data.processes import summed
+from dataset import written_whole
+
+STEP, MOST = 20, 160  # thresholds a unit of the logit, and how many there are on either side of 0
 
 
 class ChangeMetrics:
-    """Pixel counts of each class, gathered on the device, and the scores that follow from them.
+    """Pixel counts of each class, gathered on the device, and the scores that follow from them, at any threshold.
 
     With one class positive, the others negative, from the counts TP, FP, FN over everything seen since `reset`:
 
@@ -20,9 +39,14 @@ class ChangeMetrics:
     `iou_1`, `dice_1`, … are each one's. `mean_dice` and `mean_iou` are means over all classes, unchanged too. A score
     whose denominator is 0 is 1 where the class is neither in the label nor predicted, 0 otherwise.
 
+    What is kept is a histogram, not the probabilities: there are 321 thresholds, evenly spaced over the logits from -8
+    to 8, not over the probabilities, which crowd at 0 and 1. The middle one is a probability of 0.5.
+
     Args:
         num_classes: classes of change, K.
     """
+
+    LOGITS = torch.arange(-MOST, MOST + 1) / STEP
 
     def __init__(self, num_classes: int = 1) -> None:
         self.num_classes = num_classes
@@ -30,71 +54,33 @@ class ChangeMetrics:
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self._counts = torch.zeros(self._shape(), dtype=torch.int64)  # moves to the logits' device
+        # Pixels by likeliest class of change, label, and how many thresholds they passed; moves to the logits' device.
+        self._counts = torch.zeros(self.num_classes, 1 + self.num_classes, len(self.LOGITS) + 1, dtype=torch.int64)
 
     def update(self, logits: Tensor, label: Tensor) -> None:
-        """Count a batch; a pixel counts as changed where change is likelier than 0.5, and then as its likeliest class.
-
-        No host sync.
+        """Count a batch. No host sync.
 
         Args:
-            logits: float (N, K, H, W), as in `CombinedIoULoss`.
+            logits: float (N, K, H, W), as in `CombinedIoULoss`; NaN counts as below all thresholds.
             label: (N, 1, H, W) in {0, …, K}, on the same device.
         """
-        change, kind = _change(logits)
-        classes = torch.arange(1 + self.num_classes, device=label.device)[:, None]
-        predicted, labelled = (kind * (change > 0)).flatten() == classes, label.flatten() == classes
-        self._count(torch.stack([(pixels & labelled).sum(1) for pixels in predicted]))
-
-    def compute(self) -> dict[str, float]:
-        """The scores as plain floats in 0..1; one host sync.
-
-        Raises:
-            ValueError: nothing was counted yet.
-        """
-        return _scores(self._gathered().double().numpy())
-
-    def sum_processes(self) -> None:
-        """Add up what the processes that torchrun started have counted; each then has the same scores."""
-        self._counts = summed(self._counts.cpu())
-
-    def _shape(self) -> tuple[int, ...]:
-        return 1 + self.num_classes, 1 + self.num_classes  # predicted, labelled
-
-    def _count(self, counts: Tensor) -> None:
-        self._counts = self._counts.to(counts.device) + counts
-
-    def _gathered(self) -> Tensor:
-        counts = self._counts.cpu()  # the one host sync
-        if not counts.any():
-            raise ValueError("no pixels were counted: call update first")
-        return counts
-
-
-class ThresholdMetrics(ChangeMetrics):
-    """The same scores at any of 321 thresholds, and the precision-recall curve, from one pass.
-
-    The thresholds lie evenly over the logits from -8 to 8, not over the probabilities, which crowd at 0 and 1;
-    the middle one is a probability of 0.5. What is kept is a histogram, not the probabilities.
-    """
-
-    LOGITS = torch.arange(-160, 161) / 20
-
-    def update(self, logits: Tensor, label: Tensor) -> None:
-        """Count a batch at every threshold; shapes as in `ChangeMetrics`; NaN counts as below all. No host sync."""
-        steps = self.LOGITS.to(logits.device)
-        change, kind = _change(logits.detach().float().nan_to_num(nan=-torch.inf))
-        passed = torch.bucketize(change.contiguous(), steps)  # how many thresholds a pixel's logit is above
-        cells = (((kind - 1) * (1 + self.num_classes) + label.long()) * (len(steps) + 1) + passed).flatten()
-        histogram = torch.zeros(self._shape(), dtype=torch.int64, device=logits.device)
-        histogram.view(-1).index_add_(0, cells, torch.ones_like(cells))
-        self._count(histogram)
+        logits = logits.detach().float().nan_to_num(nan=-torch.inf)
+        change, kind = logits, 0
+        if self.num_classes > 1:
+            change, kind = logits.logsumexp(1, keepdim=True), logits.argmax(1, keepdim=True)
+        passed = (change * STEP).ceil_().clamp_(-MOST, MOST + 1).add_(MOST).long()
+        cells = ((kind * (1 + self.num_classes) + label.long()) * (len(self.LOGITS) + 1) + passed).flatten()
+        self._counts = self._counts.to(logits.device)
+        self._counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
 
     def compute(self, threshold: float = 0.5) -> dict[str, float]:
-        """The scores at the nearest of the thresholds; one host sync.
+        """The scores as plain floats in 0..1; one host sync.
+
+        Under torchrun all processes call this together, and have the scores of what all have seen.
 
         Args:
-            threshold: a pixel counts as changed where its probability of change is above this, 0..1.
+            threshold: a pixel counts as changed where change is likelier than the nearest of the thresholds to this,
+                and then as its likeliest class.
 
         Raises:
             ValueError: nothing was counted yet.
@@ -126,15 +112,19 @@ class ThresholdMetrics(ChangeMetrics):
 
     def best_threshold(self) -> float:
         """The probability at which IoU is highest; of equals, the nearest to 0.5."""
-        threshold, iou = self.curve()["threshold"][1:], self.curve()["iou"][1:]
+        curve = self.curve()
+        threshold, iou = curve["threshold"][1:], curve["iou"][1:]
         return float(threshold[np.lexsort([np.abs(threshold - 0.5), -iou])[0]])
-
-    def _shape(self) -> tuple[int, ...]:
-        return self.num_classes, 1 + self.num_classes, len(self.LOGITS) + 1  # likeliest, labelled, thresholds passed
 
     def _passed(self) -> np.ndarray:
         """Pixels by likeliest class of change and label, float64 (322, K, 1 + K): all, then those above each step."""
-        return self._gathered().double().flip(2).cumsum(2).flip(2).movedim(2, 0).numpy()
+        counts = self._counts.clone()
+        if distributed.is_initialized():
+            distributed.all_reduce(counts)
+        counts = counts.cpu()  # the one host sync
+        if not counts.any():
+            raise ValueError("no pixels were counted: call update first")
+        return counts.double().flip(2).cumsum(2).flip(2).movedim(2, 0).numpy()
 
 
 def as_logits(probability: Tensor) -> Tensor:
@@ -151,11 +141,6 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
     lines = [f"{'':34}" + "".join(f"{'F1' if name == 'dice' else name:>11}" for name in columns)]
     lines += [f"{title:34}" + "".join(f"{row[name]:11.4f}" for name in columns) for title, row in rows.items()]
     return "\n".join(lines)
-
-
-def _change(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The logit of any change, and which class of change is likeliest, 1..K; (N, 1, H, W) each."""
-    return logits.logsumexp(1, keepdim=True), 1 + logits.argmax(1, keepdim=True)
 
 
 def _mean_of_labelled(scores: np.ndarray, labelled: np.ndarray) -> np.ndarray:
@@ -183,3 +168,183 @@ def _scores(confusion: np.ndarray) -> dict[str, float]:
     if len(tp) > 2:
         scores |= {f"{name}_{i}": value[i] for name, value in (("dice", dice), ("iou", iou)) for i in range(1, len(tp))}
     return {name: float(value) for name, value in scores.items()}
+
+
+class ScoreLog:
+    """What a run writes about its scores: metrics.csv, TensorBoard's events, and a run of MLflow's.
+
+    As a context it tells MLflow how the run ended.
+
+    Args:
+        folder: the run's.
+        record: plain values that describe the run: `constants`, `id`, `demo`, `git`, and by split the fingerprints of
+            its `data`.
+        rows: the scores of the epochs that are done; what was logged of later ones is dropped.
+
+    Raises:
+        OSError: something can't be written.
+    """
+
+    NOT_REPEATABLE = ("train_pairs_per_second", "val_pairs_per_second", "peak_memory_gib")  # hence not in metrics.csv
+
+    def __init__(self, folder: Path, record: dict, rows: Sequence[dict[str, float]] = ()):
+        self.folder, self.record, self.rows = folder, record, list(rows)
+
+    def __enter__(self) -> ScoreLog:
+        """Take up the files as they were after the last of the rows."""
+        is_new = not any(self.folder.glob("events*"))
+        self._write_rows()
+        self._writer = SummaryWriter(self.folder, purge_step=len(self.rows) + 1)
+        if is_new:
+            self._writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
+            self._writer.flush()
+        self._mlflow = MLflowRun(self.folder.name, self.record)
+        return self
+
+    def send(self) -> None:
+        """Let MLflow have the epochs up to here, now that they are saved."""
+        self._mlflow.send(self.rows)
+
+    def epoch(self, row: dict[str, float], picture: Path | None = None) -> None:
+        """Take in the next epoch's scores and picture, for the table and TensorBoard; `send` tells MLflow."""
+        self.rows.append(row)
+        self._write_rows()
+        for name, value in row.items():
+            self._writer.add_scalar(name.replace("_", "/", name.startswith(("train_", "val_"))), value, len(self.rows))
+        if picture:
+            pixels = np.asarray(Image.open(picture).convert("RGB"))
+            self._writer.add_image("predictions", pixels, len(self.rows), dataformats="HWC")
+        self._writer.flush()
+
+    def scores(self, scores: dict[str, float]) -> None:
+        """Take in the scores that the run ends with, named `split_score`; their step follows the last epoch's."""
+        for name, value in scores.items():
+            self._writer.add_scalar(name.replace("_", "/", 1), value, len(self.rows) + 1)
+        self._writer.flush()
+        self._mlflow.scores = scores
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        status = "FINISHED" if error is None else "FAILED" if issubclass(error, Exception) else "KILLED"
+        # Who kills a run doesn't wait for its files; RESUME sends them.
+        patterns = () if status == "KILLED" else ("best.pt", "*.json", "*.csv", "*.png", "predictions")
+        self._mlflow.end(self.rows, status, [file for pattern in patterns for file in self.folder.glob(pattern)])
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # the first error is the one to tell
+            self._writer.close()
+
+    def _write_rows(self) -> None:
+        if not self.rows:
+            return (self.folder / "metrics.csv").unlink(missing_ok=True)
+        rows = [{"epoch": epoch, **row} for epoch, row in enumerate(self.rows, 1)]
+        columns = [name for name in rows[0] if name not in self.NOT_REPEATABLE]
+        with written_whole(self.folder / "metrics.csv") as file:
+            table = csv.DictWriter(file, columns, extrasaction="ignore")
+            table.writeheader()
+            table.writerows(rows)
+
+
+class MLflowRun:
+    """A run's twin in MLflow. What can't be sent is sent later: after a minute, at the end, or when the run goes on.
+
+    Args:
+        name: what MLflow calls the run.
+        record: as in `ScoreLog`; the tag `id` finds the run again.
+    """
+
+    EXPERIMENT = "LEVIRCD-FusionUNet"
+
+    def __init__(self, name: str, record: dict):
+        self.name, self.record, self.scores = name, record, {}
+        self._run_id: str | None = None
+        self._sent = 0  # epochs
+        self._is_away, self._not_before = False, 0.0  # seconds
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own are 120, seven times over
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    def send(self, rows: Sequence[dict[str, float]]) -> None:
+        """Send the epochs that MLflow lacks, one request each; not within a minute of a failure."""
+        if time.monotonic() >= self._not_before and (lacks := self._failure(rows)) and not self._is_away:
+            tqdm.write(f"MLflow doesn't answer ({lacks}); the run goes on, and what MLflow lacks is sent later")
+            self._is_away = True
+
+    def end(self, rows: Sequence[dict[str, float]], status: str, files: Sequence[Path]) -> None:
+        """Send what is missing, the scores that the run ends with, its files, and how it ended."""
+        if lacks := self._failure(rows, status, files):
+            again = "EVALUATE once more" if self.record["constants"].get("EVALUATE") else f"RESUME=runs/{self.name}"
+            tqdm.write(f"MLflow lacks a part of this run ({lacks}); {again} sends it")
+
+    def _failure(self, rows: Sequence[dict], status: str | None = None, files: Sequence[Path] = ()) -> str | None:
+        """Send; in a few words, why it failed."""
+        start = time.monotonic()
+        try:
+            client = _mlflow_client()
+            if self._run_id is None:
+                self._take_up(client)
+            for step, row in enumerate(rows[self._sent :], self._sent + 1):
+                self._log(client, row, step)
+                self._sent = step
+            if status:
+                has = client.get_run(self._run_id).data.metrics
+                lacking = {name: value for name, value in self.scores.items() if has.get(name) != value}
+                self._log(client, lacking, len(rows) + 1)
+                for file in files:
+                    client.log_artifact(self._run_id, str(file))
+                client.set_terminated(self._run_id, status)
+        except Exception as error:  # whatever is wrong with it, it is not worth a run
+            self._not_before = time.monotonic() + 60
+            return str(error).partition("\n")[0][:200]
+        if self._is_away:
+            tqdm.write("MLflow is back and has what it lacked")
+        self._is_away = False
+        self._not_before = time.monotonic() + 5 * (time.monotonic() - start)  # a slow one gets a sixth of the time
+        return None
+
+    def _log(self, client: MlflowClient, row: dict[str, float], step: int) -> None:
+        now = int(1000 * time.time())
+        client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in row.items()])
+
+    def _take_up(self, client: MlflowClient) -> None:
+        """Find the run, or make it as `mlflow.start_run` and `mlflow.log_input` do; see which epochs it has."""
+        experiment = client.get_experiment_by_name(self.EXPERIMENT)
+        where = experiment.experiment_id if experiment else client.create_experiment(self.EXPERIMENT)
+        constants = self.record["constants"]
+        if found := client.search_runs([where], f"tags.id = '{self.record['id']}'"):
+            run = found[0]
+            client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            tags = {name: str(self.record[name]) for name in ("id", "demo", "git")}
+            run = client.create_run(where, run_name=self.name, tags=resolve_tags(tags))
+            source = str(Path(constants["DATA_DIR"]).resolve())
+            inputs = [
+                DatasetInput(
+                    Dataset(f"{constants['DATA_DIR']} {split}", digest, "local", json.dumps({"uri": source})),
+                    [InputTag("mlflow.data.context", split)],
+                )
+                for split, digest in self.record["data"].items()
+            ]
+            client.log_inputs(run.info.run_id, datasets=inputs)
+        logged = run.data.params
+        missing = [Param(name, str(value)) for name, value in constants.items() if name not in logged]
+        client.log_batch(run.info.run_id, params=missing)
+        for name in logged.keys() & constants.keys():  # MLflow lets no parameter change: raised EPOCHS become a tag
+            if logged[name] != str(constants[name]):
+                client.set_tag(run.info.run_id, name, constants[name])
+        history = client.get_metric_history(run.info.run_id, "train_loss") if found else ()
+        self._sent = max((point.step for point in history), default=0)
+        self._run_id = run.info.run_id
+
+
+def _mlflow_client() -> MlflowClient:
+    """For the server that MLFLOW_TRACKING_URI names, or mlflow.db, a file that is made whole or not at all.
+
+    MLflow would leave half a database behind where two runs make one together, or one is killed while it does.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    file = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not file.exists():
+        part = Path(f"{file}.{os.getpid()}.part")
+        MlflowClient(f"sqlite:///{part}")
+        with contextlib.suppress(FileExistsError):  # another run was first
+            os.link(part, file)
+        part.unlink()
+    return MlflowClient(uri)

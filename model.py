@@ -1,21 +1,43 @@
-"""FusionUNet: a UNet over a frozen backbone that sees both dates and fuses their features at every scale."""
+"""FusionUNet: a UNet over a frozen backbone that sees both dates and fuses their features at every scale.
+
+Beside it: the backbone's stages, checkpoints, the optimizers that train it, and the device it runs on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import errno
+import functools
+import hashlib
+import io
 import itertools
 import os
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision import models
 from tqdm import tqdm
 
-from data.backbone import STRIDES, cut_into_stages, fold
-from data.files import CHECKPOINTS, ModelError, read_checkpoint
-from data.images import DataError, ImageLike, as_tensor
+from dataset import DataError, ImageLike, as_tensor, written_whole
 
-CHANNELS = (32, 64, 96, 128, 128)  # what is trained is so wide at strides 2, 4, 8, 16 and 32
+STRIDES = (2, 4, 8, 16, 32)  # pixels
+CHANNELS = (32, 64, 96, 128, 128)  # what is trained is so wide at these strides
 OVERLAP = 256  # pixels that neighbouring tiles of a large image share
+BACKBONE_RATE = 0.1  # of the learning rate, for a backbone that is trained: it has learned already
+BACKBONES = "give a classifier of torchvision's such as resnet50, convnext_tiny or swin_t"
+CHECKPOINTS = "give the best.pt or last.pt of a run"
+
+
+class ModelError(RuntimeError):
+    """A backbone, weights, a checkpoint or a device that can't be had; the message says what to do."""
 
 
 class ConvNormReLU(nn.Sequential):
@@ -236,20 +258,31 @@ class FusionUNet(nn.Module):
         """
         checkpoint = read_checkpoint(path)
         try:
+            if digest := checkpoint.get("frozen"):
+                checkpoint["model"] |= _frozen_beside(path, digest)
             with torch.device("meta"):  # no weights are drawn that the checkpoint's replace at once
                 model = cls(weights=None, **checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"], assign=True)
             model.threshold = float(checkpoint.get("threshold", 0.5))
+        except ModelError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ModelError(f"{path}: of another model ({type(error).__name__}); {CHECKPOINTS}") from error
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return model.to(place, memory_format=torch.channels_last).eval()
+        return model.to(pick_device(device), memory_format=torch.channels_last).eval()
 
-    def checkpoint(self) -> dict:
-        """All that `load` needs to give this model back."""
+    def checkpoint(self, whole: bool = True) -> dict:
+        """All that `load` needs to give this model back; not whole, it leaves a frozen backbone to the file beside."""
         model_args = {"out_channels": self.head.out_channels, "backbone": self.backbone}
         model_args["freeze_backbone"] = self.freeze_backbone
-        return {"model_args": model_args, "model": self.state_dict(), "threshold": self.threshold}
+        checkpoint = {"model_args": model_args, "model": self.state_dict(), "threshold": self.threshold}
+        if self.freeze_backbone and not whole:
+            checkpoint["model"] = {name: value for name, value in checkpoint["model"].items() if not _is_frozen(name)}
+            checkpoint["frozen"] = self._frozen_digest
+        return checkpoint
+
+    @functools.cached_property
+    def _frozen_digest(self) -> str:
+        return _digest(self.state_dict())
 
 
 def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
@@ -268,3 +301,216 @@ def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
         weight[:] = ((torch.minimum(left, right) - OVERLAP / 4) / (OVERLAP / 2)).clamp(0, 1)
     weights /= weights.sum(0)
     return [(start, weight[start : start + tile_size]) for start, weight in zip(starts, weights, strict=True)]
+
+
+# The backbone
+
+
+def cut_into_stages(backbone: str, weights: str | None) -> tuple[nn.ModuleDict, list[int], bool]:
+    """A classifier's layers up to each stride, the channels at `STRIDES`, and whether they come last, as in a Swin."""
+    classifier = _classifier(backbone, weights).eval()
+    sizes = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}
+    x, stages, channels, channels_last = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False
+    for name, layer in getattr(classifier, "features", classifier).named_children():
+        try:
+            with torch.no_grad():
+                x = layer(x)
+            channels_last = tuple(x.shape[1:3]) in sizes
+            stride = sizes[tuple(x.shape[1:3] if channels_last else x.shape[2:])]
+        except Exception:  # here the chain of layers ends: what comes now takes or gives something else
+            break
+        stages.setdefault(str(stride), nn.Sequential()).add_module(name, layer)
+        channels[stride] = x.shape[-1 if channels_last else 1]
+    if channels.keys() != set(STRIDES):
+        raise ModelError(f"BACKBONE={backbone}: no features at strides 4, 8, 16 and 32; {BACKBONES}")
+    return nn.ModuleDict(stages), [channels[stride] for stride in STRIDES], channels_last
+
+
+def _classifier(backbone: str, weights: str | None) -> nn.Module:
+    """The classifier, its weights from torchvision's cache or fetched into it."""
+    if backbone not in models.list_models(module=models):
+        raise ModelError(f"BACKBONE={backbone}: unknown; {BACKBONES}")
+    if weights is None:
+        return models.get_model(backbone)
+    known = models.get_model_weights(backbone)
+    if weights not in known.__members__:
+        raise ModelError(f"WEIGHTS={weights}: unknown; there are {', '.join(known.__members__)} and None")
+    try:
+        return models.get_model(backbone, weights=weights)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # not fetched, or a broken file
+        url, reason = known[weights].url, str(error).partition("\n")[0]
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        message = f"the ImageNet weights can't be had ({reason}): put {url} at {file}, or set WEIGHTS=None"
+        raise ModelError(message) from error
+
+
+def fold(module: nn.Module) -> None:
+    """Put each BatchNorm into the convolution before it, in place: the same features, sooner."""
+    for (name, layer), (after, norm) in itertools.pairwise(list(module.named_children())):
+        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            setattr(module, name, fuse_conv_bn_eval(layer, norm))
+            setattr(module, after, nn.Identity())
+    for child in module.children():
+        fold(child)
+
+
+# Checkpoints
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """What `torch.save` wrote, its checksums tested, which torch leaves out; ModelError where it is damaged."""
+    if not Path(path).is_file():
+        raise ModelError(f"{path}: no such checkpoint; {CHECKPOINTS}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load has no error of its own: a broken file raises what its reader meets
+        raise ModelError(f"{path}: no checkpoint, or a damaged one ({type(error).__name__}); {CHECKPOINTS}") from error
+
+
+def _frozen_beside(path: str | os.PathLike, digest: str) -> dict[str, Tensor]:
+    """The frozen backbone that a run's last.pt leaves to its best.pt, where it need not be written at each epoch."""
+    best = Path(path).with_name("best.pt")
+    states = read_checkpoint(best)["model"]
+    if _digest(states) != digest:
+        raise ModelError(f"{best}: not the backbone that {path} was trained over; bring back the one of its run")
+    return {name: value for name, value in states.items() if _is_frozen(name)}
+
+
+def _is_frozen(name: str) -> bool:
+    return name.startswith("stages.")
+
+
+def _digest(states: dict[str, Tensor]) -> str:
+    """Of a frozen backbone's weights."""
+    digest = hashlib.sha256()
+    for name in filter(_is_frozen, states):
+        digest.update(states[name].cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def save(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint; in memory first, since torch turns an error of the disk into one of its own."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with written_whole(path, "wb") as file:
+        file.write(buffer.getbuffer())
+
+
+# What trains it
+
+
+class KernelMuon(torch.optim.Muon):
+    """Muon for convolutions, a kernel being a matrix of one row for each output channel.
+
+    It makes every direction in which the gradient points equally long, and so learns from fewer batches than AdamW
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Args:
+        kernels: (out_channels, in_channels, height, width) each; they must stay where they are in memory.
+        **options: of `torch.optim.Muon`.
+
+    Raises:
+        RuntimeError: in a step, a kernel was moved.
+    """
+
+    def __init__(self, kernels: Sequence[nn.Parameter], **options: object):
+        self.kernels = kernels
+        super().__init__([nn.Parameter(self._rows(kernel, kernel.detach())) for kernel in kernels], **options)
+
+    def step(self) -> None:
+        """A step down the kernels' gradients."""
+        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
+            if kernel.data_ptr() != matrix.data_ptr():
+                raise RuntimeError("the model was moved after its optimizer was made: make a new one")
+            matrix.grad = None if kernel.grad is None else self._rows(kernel, kernel.grad)
+        super().step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for kernel in self.kernels:
+            kernel.grad = None
+
+    @staticmethod
+    def _rows(kernel: Tensor, values: Tensor) -> Tensor:
+        """The values in a kernel's own order in memory, so that the kernel itself is seen as a matrix, not copied."""
+        if kernel.is_contiguous(memory_format=torch.channels_last):
+            values = values.permute(0, 2, 3, 1)
+        return values.reshape(len(values), -1)
+
+
+def make_optimizers(model: nn.Module, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """What trains a `FusionUNet`; its rates for Muon are made comparable with AdamW's."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    backbone = [value for name, value in trained.items() if name.startswith("stages.")]
+    decoder = {name: value for name, value in trained.items() if not name.startswith("stages.")}
+    kernels = [value for name, value in decoder.items() if value.ndim == 4 and not name.startswith("head")]
+    rest = [value for name, value in decoder.items() if value.ndim != 4 or name.startswith("head")]
+    groups = [{"params": rest}] + [{"params": backbone, "lr": BACKBONE_RATE * learning_rate}] * bool(backbone)
+    options = {"lr": learning_rate, "weight_decay": weight_decay}
+    return [
+        KernelMuon(kernels, adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW(groups, fused=True, **options),
+    ]
+
+
+# The machine
+
+
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name, once it was seen to work; None: the GPU of this process, or the CPU.
+
+    Raises:
+        ModelError: there is no such device, or it doesn't work.
+    """
+    try:
+        of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name or of_process)
+        torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index:
+            torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
+    if device.type == "cpu":
+        _keep_freed_memory()
+    return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed, up to 2 GiB: the kernel clears each page before it gives it out again."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own, which go back at once
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 by itself; where it is emulated it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def explanation(error: Exception, memory: str) -> str | None:
+    """One line for a person, of an error that is the input's or the machine's; None if it is the program's.
+
+    Args:
+        error: what ended the program.
+        memory: the options that save memory.
+    """
+    if getattr(error, "errno", None) == errno.ENOSPC:  # the message may name no file
+        return "a disk is full: free some of it, then go on"
+    if isinstance(error, DataError | ModelError | FloatingPointError | OSError):
+        # The last line of several, if it comes from a worker; there it has the error's name.
+        return re.sub(r"^[a-zA-Z.]+Error: ", "", str(error).splitlines()[-1])
+    if isinstance(error, MemoryError):
+        return f"the memory ran out: lower {memory}"
+    if isinstance(error, torch.OutOfMemoryError):  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
+        return f"{str(error).partition(' Of the allocated')[0]} Lower {memory}"
+    if "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError):
+        return "another process of this run has ended; it says why"
+    if "DataLoader worker" in str(error):
+        return f"a process that loads data died, perhaps for want of memory: lower NUM_WORKERS ({error})"
+    return None

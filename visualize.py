@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 import os
-import re
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +18,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch.utils.data import Dataset
 
-from data.georeference import Place, common_place, world_file
-from data.images import DataError, check_headers, find_pairs, read_rgb
-from data.options import OptionError, explanation, parse, pick_device
-from model import FusionUNet
+from dataset import DataError, check_headers, find_pairs, read_rgb
+from model import FusionUNet, explanation
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
 OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442", "wrong class": "#cc79a7"}
@@ -33,6 +31,10 @@ COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
 CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across
 FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
+SCALE, TIEPOINT, TRANSFORM, KEYS, NODATA = 33550, 33922, 34264, 34735, 42113  # GeoTIFF's tags (OGC 19-008r4)
+GEOTAGS = (SCALE, TIEPOINT, TRANSFORM, KEYS, 34736, 34737, NODATA)
+CRS, UNIT = 3072, 3076  # keys of the projected reference system, an EPSG code, and of its unit of length
+METRE, WEB_MERCATOR = 9001, 3857  # Web Mercator's metres are no metres on the ground
 
 
 @plt.rc_context(FONT)
@@ -211,14 +213,16 @@ def write_masks(
         device: as in `FusionUNet.load`.
 
     Raises:
-        OptionError: a value that can't be.
-        DataError: images that can't be read, or are not of one place and size; a file to write is there already.
+        DataError: images that can't be read, or are not of one place and size; a file to write is there already; a
+            threshold or pixel size that can't be.
         ModelError: not a checkpoint.
     """
-    if not 0 <= (threshold or 0) < 1 or not (pixel_size is None or pixel_size > 0):
-        raise OptionError(f"THRESHOLD={threshold}, PIXEL_SIZE={pixel_size}: must be in 0..1, and above 0")
+    if not 0 <= (threshold or 0) < 1:
+        raise DataError(f"threshold {threshold}: must be 0 or more and below 1")
+    if not (pixel_size is None or pixel_size > 0):
+        raise DataError(f"pixel size {pixel_size}: must be above 0 metres")
     plan = _plan(*((Path(before), Path(after)) if after else (Path(before, "A"), Path(before, "B"))), out)
-    model = FusionUNet.load(checkpoint, pick_device(device))
+    model = FusionUNet.load(checkpoint, device)
     model.threshold = model.threshold if threshold is None else threshold
     print(f"{len(plan)} to predict; changed where the probability is above {model.threshold:.3f}", flush=True)
     for path_a, path_b, place, files in plan:
@@ -249,11 +253,11 @@ def _plan(before: Path, after: Path, out: str | None) -> list[tuple[Path, Path, 
         suffix = ".tif" if place.tags and place.affine is not None else ".png"
         path = Path(out or f"mask{suffix}") if before.is_file() else Path(out or "masks", path_a.stem + suffix)
         if path.suffix.lower() not in (".png", ".tif", ".tiff") or path.parent in (before, after):
-            raise DataError(f"OUT={out}: must be a .png or .tif, or for folders a folder other than theirs")
+            raise DataError(f"--out {out}: must be a .png or .tif, or for folders a folder other than theirs")
         files = path, path.with_name(f"{path.stem}_overlay.jpg"), path.with_stem(f"{path.stem}_probability")
         for file in (*files, world_file(path), world_file(files[2])):
             if file.exists() or file in taken:
-                raise DataError(f"{file}: is there already; remove it, or name another OUT")
+                raise DataError(f"{file}: is there already; remove it, or name another --out")
             taken.add(file)
         plan.append((path_a, path_b, place, files))
     return plan
@@ -276,16 +280,119 @@ def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place
         place.save((chance * 65535).round().astype(np.uint16), file)
 
 
+# Where on the ground
+
+
+class Place:
+    """Where an image lies, as far as its GeoTIFF tags or its world file tell.
+
+    Attributes:
+        affine: float64 (6,), x and y of the upper left corner, of a step to the right and of a step down; or None.
+        crs: EPSG code of the projected reference system; None where no tag tells it.
+
+    Raises:
+        DataError: a world file that doesn't hold six numbers.
+    """
+
+    def __init__(self, path: Path):
+        self.tags = ImageFileDirectory_v2()
+        with Image.open(path) as image:
+            own = getattr(image, "tag_v2", {})
+            for tag in GEOTAGS:
+                # "No data" is 0 or 255 in many images; in a mask these say that all of it, or all change, is void.
+                if tag in own and not (tag == NODATA and own[tag].strip(" \0") in ("0", "255")):
+                    self.tags.tagtype[tag] = own.tagtype[tag]
+                    self.tags[tag] = own[tag]
+        keys = self.tags.get(KEYS, ())
+        self._keys = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4)}
+        self.crs = self._keys.get(CRS)
+        name = world_file(path)
+        names = name, name.with_suffix(name.suffix.upper())
+        self._world = next((file.read_bytes() for file in names if file.exists()), None)
+        self.affine = None
+        if TRANSFORM in self.tags:
+            a, b, _, x, d, e, _, y = self.tags[TRANSFORM][:8]
+            self.affine = np.array([x, y, a, d, b, e])
+        elif SCALE in self.tags and TIEPOINT in self.tags:
+            (width, height, *_), (column, row, _, x, y, *_) = self.tags[SCALE], self.tags[TIEPOINT]
+            self.affine = np.array([x - column * width, y + row * height, width, 0, 0, -height])
+        elif self._world is not None:
+            try:
+                a, d, b, e, x, y = map(float, self._world.split())
+            except ValueError as error:
+                raise DataError(f"{name}: a world file holds six numbers, with decimal points ({error})") from error
+            self.affine = np.array([x - (a + b) / 2, y - (d + e) / 2, a, d, b, e])  # its x, y: the first pixel's middle
+
+    def pixel_area(self) -> float | None:
+        """Square metres of a pixel; None where that isn't known: no place, degrees, feet, Web Mercator."""
+        if self.affine is None or self._keys.get(UNIT) != METRE or self.crs == WEB_MERCATOR:
+            return None
+        a, d, b, e = self.affine[2:]
+        return abs(a * e - b * d)
+
+    def save(self, pixels: np.ndarray, path: Path) -> None:
+        """Write uint8 or uint16 (H, W) of this place: TIFF with the tags, compressed without loss, or PNG.
+
+        A world file goes along where the image has one, and beside a PNG, which can't hold tags.
+        """
+        png, world = path.suffix.lower() == ".png", self._world
+        tiff = {} if png else {"tiffinfo": self.tags, "compression": "tiff_adobe_deflate"}
+        Image.fromarray(pixels).save(path, **tiff)
+        if world is None and png and self.affine is not None:
+            x, y, a, d, b, e = self.affine.tolist()
+            world = "".join(f"{value}\n" for value in (a, d, b, e, x + (a + b) / 2, y + (d + e) / 2)).encode()
+        if world is not None:
+            world_file(path).write_bytes(world)
+
+
+def world_file(path: Path) -> Path:
+    """The name of an image's world file: x.tif → x.tfw, x.png → x.pgw, x.jpeg → x.jgw."""
+    return path.with_suffix(f".{path.suffix[1]}{path.suffix[-1]}w".lower())
+
+
+def common_place(path_a: Path, path_b: Path) -> Place:
+    """The place of two images, from the first that knows it.
+
+    Raises:
+        DataError: their places differ, by more than a hundredth of a pixel.
+    """
+    place_a, place_b = Place(path_a), Place(path_b)
+    if place_a.affine is None or place_b.affine is None:
+        return place_b if place_a.affine is None else place_a
+    pixel, off = np.abs(place_a.affine[2:]).max(), np.abs(place_a.affine - place_b.affine)
+    two_systems = place_a.crs and place_b.crs and place_a.crs != place_b.crs
+    if off[:2].max() > 0.01 * pixel or off[2:].max() > 1e-5 * pixel or two_systems:
+        where = [f"{place.affine.tolist()} in EPSG:{place.crs}" for place in (place_a, place_b)]
+        raise DataError(f"{path_b}: lies elsewhere than {path_a}: corner and steps {where[1]}, not {where[0]}")
+    return place_a
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line: `write_masks`'s arguments by their names."""
+    parser = argparse.ArgumentParser(
+        description="Mark what changed between two images, or between the images of two folders: writes masks, "
+        "overlays to look at, and the area that changed.",
+        epilog="No file is overwritten. README.md says more.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt of a run")
+    parser.add_argument("before", metavar="BEFORE", help="an image or a folder; alone, a folder that holds A and B")
+    parser.add_argument("after", metavar="AFTER", nargs="?", help="the image or the folder after")
+    parser.add_argument("--out", help="file to write, or folder (mask.png, for a GeoTIFF mask.tif; masks)")
+    parser.add_argument("--threshold", type=float, metavar="P", help="changed above it, 0..1 (best on validation)")
+    parser.add_argument("--probability", action="store_true", help="write it too, 0 to 65535 for 0 to 1")
+    parser.add_argument("--tta", action="store_true", help="average over flips and quarter turns, 8 times slower")
+    parser.add_argument("--pixel-size", type=float, metavar="METRES", help="of the images (a GeoTIFF's own)")
+    parser.add_argument("--tile-size", type=int, default=1024, metavar="PIXELS", help="less takes less memory (1024)")
+    parser.add_argument("--device", help="cpu, cuda:1, … (the GPU where there is one)")
+    parser.error = lambda message: sys.exit(f"error: {message}; see python visualize.py --help")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    hints = {name.upper(): typing.get_type_hints(write_masks)[name] for name in write_masks.__kwdefaults__}
-    options = [argument for argument in sys.argv[1:] if re.match("[A-Z_]+=", argument)]
-    paths = [argument for argument in sys.argv[1:] if argument not in options]
     try:
-        if len(paths) not in (2, 3):
-            raise OptionError("give CHECKPOINT BEFORE AFTER, or CHECKPOINT FOLDER, a folder that holds A and B")
-        write_masks(*paths, **{name.lower(): value for name, value in parse(options, hints).items()})
+        write_masks(**vars(parse_arguments()))
     except Exception as error:
-        if (line := explanation(error, memory="TILE_SIZE")) is None:
+        if (line := explanation(error, memory="--tile-size")) is None:
             raise
         sys.exit(f"error: {line}")
     except KeyboardInterrupt:

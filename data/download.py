@@ -7,6 +7,7 @@ What is there already is skipped, so a broken download goes on where it stopped,
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -59,7 +60,9 @@ def download(folder: str | os.PathLike, url: str = URL, md5: dict[str, str] = MD
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Fetch LEVIR-CD, 2.5 GB, and unpack it; what is there is skipped.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent, help="(data)")
     try:
-        download(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent)
+        download(parser.parse_args().folder)
     except DownloadError as error:
         sys.exit(f"error: {error}")

@@ -10,13 +10,14 @@ of change, roads may be new too.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -60,16 +61,16 @@ def make_demo(folder: str | Path, seed: int = 0, splits: dict[str, int] | None =
         splits: number of pairs by split; None for `SPLITS`.
         num_classes: 1, masks hold 0 and 255; or 3, 0 to 3: new house, gone house, new road.
     """
-    splits, part = splits or SPLITS, Path(f"{folder}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{folder}.lock"):  # of two that begin together one draws
-        if not Path(folder).is_dir():
-            _draw_splits(part, seed, splits, num_classes)
-            os.replace(part, folder)
+    part = Path(f"{folder}.{os.getpid()}.part")  # of two that begin together each draws one, and the first is kept
+    try:
+        _draw_splits(part, seed, splits or SPLITS, num_classes)
+        with contextlib.suppress(OSError):
+            os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _draw_splits(part: Path, seed: int, splits: dict[str, int], num_classes: int) -> None:
-    shutil.rmtree(part, ignore_errors=True)  # left by a run that was stopped
     with tqdm(total=sum(splits.values()), desc="drawing the demo", unit="pair", leave=False, disable=None) as bar:
         for number, (split, pairs) in enumerate(splits.items()):
             for name in ("A", "B", "label"):
@@ -289,7 +290,9 @@ def _colour(colour: np.ndarray | int) -> int | tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "demo"
+    parser = argparse.ArgumentParser(description="Draw the demo: 192 made-up pairs of images with their masks.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "demo", help="(data/demo)")
+    target = parser.parse_args().folder
     if target.exists():
         sys.exit(f"error: {target} is there already; delete it to draw it anew")
     make_demo(target)

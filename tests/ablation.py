@@ -38,14 +38,14 @@ import dataset
 import losses
 import main
 import model
-from data import backbone
 from data.make_demo import make_demo
-from metrics import ThresholdMetrics, as_logits
+from metrics import ChangeMetrics, as_logits
 
 SEEDS = (0, 1, 2)
+DEMO = {name: demo for name, (_, demo) in main.DEMO.items()}
 DATA = {
-    "real": {**main.DEMO, "DATA_DIR": "runs/ablation_real"},
-    "demo": {**main.DEMO, "DATA_DIR": "runs/ablation_demo"},
+    "real": DEMO | {"DATA_DIR": "runs/ablation_real"},
+    "demo": DEMO | {"DATA_DIR": "runs/ablation_demo"},
 }
 RESULTS = Path("runs", "ablation.csv")
 CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time  # on a CPU, what else runs doesn't count
@@ -298,23 +298,28 @@ def sgd(net: nn.Module, learning_rate: float, _: float) -> list[torch.optim.Opti
     return [torch.optim.SGD(trained, learning_rate, momentum=0.9, nesterov=True, weight_decay=1e-4)]
 
 
-def averaged_pass(net: nn.Module, *args: object, **kwargs: object) -> dict[str, float]:
-    """`run_pass`; an epoch is evaluated, and kept, as the moving average of its weights (0.98 a step)."""
-    if len(args) == 3:  # an evaluation
-        AVERAGE["weights"] = copy.deepcopy(net.state_dict())
-        net.load_state_dict(AVERAGE["model"].module.state_dict())
-        return RUN_PASS(net, *args, **kwargs)
-    if "weights" in AVERAGE:
-        net.load_state_dict(AVERAGE.pop("weights"))
+def averaged(net: nn.Module, _: bool) -> nn.Module:
+    """`wrapped`; beside the weights that are trained, their moving average is kept (0.98 a step)."""
     average = AVERAGE["model"] = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.98), use_buffers=True)
-    hook = net.register_forward_pre_hook(lambda *_: average.update_parameters(net))
-    try:
-        return RUN_PASS(net, *args, **kwargs)
-    finally:
-        hook.remove()
+
+    def follow(*_: object) -> None:
+        if net.training:
+            if "weights" in AVERAGE:
+                net.load_state_dict(AVERAGE.pop("weights"))
+            average.update_parameters(net)
+
+    net.register_forward_pre_hook(follow)
+    return net
 
 
-RUN_PASS, AVERAGE = main.run_pass, {}
+def evaluate_average(net: nn.Module, *args: object) -> tuple:
+    """`evaluate`; an epoch is evaluated, and kept, as that average."""
+    AVERAGE["weights"] = copy.deepcopy(net.state_dict())
+    net.load_state_dict(AVERAGE["model"].module.state_dict())
+    return EVALUATE(net, *args)
+
+
+EVALUATE, AVERAGE = main.evaluate, {}
 
 
 class LastStageTrained(model.FusionUNet):
@@ -371,7 +376,7 @@ def measured_on(images: Callable[[], Tensor]) -> Callable[[str, None], nn.Module
     return measured
 
 
-CLASSIFIER = backbone._classifier
+CLASSIFIER = model._classifier
 AS_IT_IS = "as it is"
 VARIANTS: dict[str, dict[str, object]] = {
     AS_IT_IS: {},
@@ -418,11 +423,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "twice the learning rate": {"LEARNING_RATE": main.LEARNING_RATE * 2},
     "no weight decay": {"WEIGHT_DECAY": 0.0},
     "no warm-up": {"WARMUP_EPOCHS": 0.0},
-    "moving average of the weights": {"main.run_pass": averaged_pass},
+    "moving average of the weights": {"main.wrapped": averaged, "main.evaluate": evaluate_average},
     "twice the crops": {"EPOCHS": 2},
     # backbone
-    "untrained statistics left at 0 and 1, as main.py does": {"data.backbone._classifier": CLASSIFIER},
-    "untrained statistics of training pairs, not of noise": {"data.backbone._classifier": measured_on(training_crops)},
+    "untrained statistics left at 0 and 1, as main.py does": {"model._classifier": CLASSIFIER},
+    "untrained statistics of training pairs, not of noise": {"model._classifier": measured_on(training_crops)},
     "backbone trained, at a tenth of the rate": {"FREEZE_BACKBONE": False},
     "backbone's last stage trained, at a tenth of the rate": {
         "main.FusionUNet": LastStageTrained, "FREEZE_BACKBONE": False,
@@ -435,7 +440,7 @@ def train(variant: str, data: str, seed: int) -> dict[str, object]:
     """Train a variant, or go on with its run; returns its row."""
     changes = {name: value for name, value in VARIANTS[variant].items() if name != "score"}
     name = re.sub(r"\W+", "_", variant if changes else AS_IT_IS)
-    changes = {"data.backbone._classifier": measured_on(noise)} | changes
+    changes = {"model._classifier": measured_on(noise)} | changes
     folder = Path("runs", f"ablation_{name}_{data}_{seed}")
     constants = {**DATA[data], "SEED": seed, "RUN_NAME": folder.name}
     crop_size, start = constants["CROP_SIZE"], CLOCK()
@@ -458,7 +463,7 @@ def train(variant: str, data: str, seed: int) -> dict[str, object]:
 
 def score(net: model.FusionUNet, pairs: dataset.LEVIRCD, tta: bool = False, tuned: bool = False) -> dict[str, float]:
     """IoU and F1 of the change class, and the IoU where the dates are exchanged."""
-    forth, back = ThresholdMetrics(), ThresholdMetrics()
+    forth, back = ChangeMetrics(), ChangeMetrics()
     for image_a, image_b, label in pairs:
         forth.update(as_logits(net.predict(image_a, image_b, tta=tta)), label[None])
         back.update(as_logits(net.predict(image_b, image_a, tta=tta)), label[None])

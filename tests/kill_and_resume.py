@@ -58,7 +58,6 @@ def wrong_steps(name: str) -> list[str]:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
     events = EventAccumulator(f"runs/{name}", {"images": 0}).Reload()
     logged = {tag: [event.step for event in events.Scalars(tag)] for tag in ("train/loss", "val/iou")}
-    logged["pictures"] = [event.step for event in events.Images("predictions")]
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("LEVIRCD-FusionUNet").experiment_id
     record = json.loads(Path("runs", name, "constants.json").read_text())

@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import traceback
-import typing
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -35,10 +34,8 @@ from conftest import random_pair, write_pair, write_tiny
 
 import main
 from data.download import DownloadError, download
-from data.files import read_checkpoint
-from data.images import DataError, read_mask, read_rgb
-from dataset import LEVIRCD
-from model import FusionUNet, ModelError
+from dataset import LEVIRCD, DataError, read_mask, read_rgb
+from model import FusionUNet, ModelError, read_checkpoint
 
 # What `python main.py`, `visualize.py` and `download.py` print in one line.
 ERRORS = (main.OptionError, DataError, ModelError, DownloadError, FloatingPointError, OSError)
@@ -116,7 +113,7 @@ def run(**constants: object) -> Callable[[], object]:
         {} if "RESUME" in constants else {"DATA_DIR": "tiny", "CROP_SIZE": 32, "BACKBONE": "resnet18", "WEIGHTS": None}
     )
     arguments = [f"{name}={value}" for name, value in (small | constants).items()]
-    return lambda: write_tiny(Path("tiny")) and main.main(**main.parse(arguments, typing.get_type_hints(main)))
+    return lambda: write_tiny(Path("tiny")) and main.main(**main.from_command_line(arguments))
 
 
 def nothing() -> None:
@@ -315,7 +312,7 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object], str]] = {
         )
     },
     "constant: RUN_NAME=old, which is there": (A_RUN, run(RUN_NAME="old"), "RUN_NAME=old: that folder .* is there"),
-    "constant: no value": (nothing, lambda: main.parse(["EPOCHS"], {"EPOCHS": int}), "EPOCHS: give NAME=value"),
+    "constant: no value": (nothing, lambda: main.from_command_line(["EPOCHS"]), "EPOCHS: give NAME=value"),
     "constant: DATA_DIR=nowhere": (nothing, run(DATA_DIR="nowhere"), "nowhere/train/A: no such folder"),
     # Checkpoints
     "checkpoint: missing": (nothing, EVALUATE, "best.pt: no such checkpoint"),

@@ -1,29 +1,41 @@
-"""Whole runs of main, end to end, on a few tiny pairs."""
+"""Whole runs of main on a few tiny pairs: scored, killed, resumed, shared by processes, met by faults."""
 
+import ast
 import csv
+import itertools
 import json
 import math
 import os
+import re
+import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 import typing
+import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import random_pair, start_main, write_pair
+from conftest import PROCESSES, ROOT, as_torchrun, random_pair, start, start_main, write_pair, write_tiny
+from kill_and_resume import wrong_steps
 from scipy.special import logit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+import metrics
 from data.make_demo import make_demo
-from data.options import OptionError
-from dataset import LEVIRCD
-from metrics import ThresholdMetrics
-from model import FusionUNet
+from dataset import LEVIRCD, DataError, RandomBatches, color_jitter, make_loader, written_whole
+from losses import CombinedIoULoss
+from main import OptionError
+from metrics import ChangeMetrics
+from model import FusionUNet, ModelError
 
 MAIN = Path(main.__file__)
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -36,16 +48,9 @@ QUICK = {
 def logged_run(folder: str) -> mlflow.entities.Run:
     """MLflow's record of the run that logged into `runs/folder` of this test."""
     record = json.loads(Path("runs", folder, "constants.json").read_text())
-    (run,) = mlflow.search_runs(
-        experiment_names=["LEVIRCD-FusionUNet"],
-        filter_string=f"attributes.run_name = '{folder}' and params.DATA_DIR = '{record['constants']['DATA_DIR']}'",
-        output_format="list",
-    )
+    tag = f"tags.id = '{record['id']}'"
+    (run,) = mlflow.search_runs(experiment_names=["LEVIRCD-FusionUNet"], filter_string=tag, output_format="list")
     return run
-
-
-def parse(arguments: list[str]) -> dict[str, object]:
-    return main.parse(arguments, typing.get_type_hints(main))
 
 
 def test_a_whole_run(tiny, capsys):
@@ -57,7 +62,8 @@ def test_a_whole_run(tiny, capsys):
         "validation_predictions.png", "test_metrics.json", "per_image.csv", "precision_recall.png", "worst.png",
         "best.png", ".lock",
     }  # fmt: skip
-    assert {path.name for path in (run / "predictions").iterdir()} == {f"epoch_00{epoch}.png" for epoch in (1, 2, 3, 4)}
+    drawn = sorted(int(path.stem[-1]) for path in (run / "predictions").iterdir())  # later ones if there is the time
+    assert drawn[0] == 1 and drawn[-1] <= 4
     assert Path("images/validation_predictions.png").exists()
     assert "epoch 4/4" in capsys.readouterr().out
 
@@ -75,7 +81,7 @@ def test_a_whole_run(tiny, capsys):
     events = EventAccumulator(str(run)).Reload()
     assert [event.step for event in events.Scalars("val/iou")] == [1, 2, 3, 4]
     assert events.Scalars("val/iou")[1].value == pytest.approx(float(rows[1]["val_iou"]))
-    assert [event.step for event in events.Images("predictions")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Images("predictions")] == drawn
 
     logged = logged_run("run")
     assert logged.info.status == "FINISHED"
@@ -91,9 +97,10 @@ def test_a_whole_run(tiny, capsys):
     # What is frozen is as it was, its statistics too.
     torch.manual_seed(main.SEED)
     untrained = FusionUNet(weights=None, backbone="resnet18").state_dict()
-    trained = torch.load(run / "last.pt", weights_only=True)["model"]
+    best, last = (torch.load(run / name, weights_only=True)["model"] for name in ("best.pt", "last.pt"))
     frozen = [name for name in untrained if name.startswith("stages.")]
-    assert all(torch.equal(trained[name], untrained[name]) for name in frozen) and len(frozen) == 2 * 20
+    assert all(torch.equal(best[name], untrained[name]) for name in frozen) and len(frozen) == 2 * 20
+    assert last.keys() == best.keys() - set(frozen)  # last.pt needs no copy at each epoch
 
     # The saved model is the one that was scored, and it is scored the same again.
     again = main.main(EVALUATE=str(run / "best.pt"), **constants | {"RUN_NAME": "again"})
@@ -126,7 +133,7 @@ def test_scores_of_a_split(tmp_path):
             got = {name: scores[f"val_{prefix}{tuned}{name}"] for name in expected}
             assert got == pytest.approx(expected, abs=1e-5)
         if crop_size:
-            steps = np.searchsorted(ThresholdMetrics.LOGITS.numpy(), logit(chance))
+            steps = np.searchsorted(ChangeMetrics.LOGITS.numpy(), logit(chance))
             assert scores["val_average_precision"] == pytest.approx(average_precision_score(truth, steps), abs=1e-4)
     assert abs(scores["val_tuned_iou"] - scores["val_whole_tuned_iou"]) > 1e-4
 
@@ -152,7 +159,7 @@ def test_demo_where_there_is_no_data(capsys):
     record = json.loads(Path("runs/demo/constants.json").read_text())
     assert record["demo"] and record["constants"]["DATA_DIR"] == "data/demo"
     assert record["constants"]["EPOCHS"] == 1  # the user's, not the demo's
-    assert record["constants"]["CROP_SIZE"] == main.DEMO["CROP_SIZE"]
+    assert record["constants"]["CROP_SIZE"] == main.DEMO["CROP_SIZE"][1]
     assert "USING THE DEMO" in capsys.readouterr().out
     assert logged_run("demo").data.tags["demo"] == "True"
 
@@ -201,7 +208,7 @@ def test_signals_end_it_without_a_traceback(tiny):
         os.killpg(run.pid, number)  # as Ctrl-C and job managers do: the workers get it too
         run.join()
         said = Path("output.txt").read_text()
-        assert run.exitcode == codes[number] and "Traceback" not in said
+        assert run.exitcode == codes[number] and "Traceback" not in said, said
         assert f"the run can go on: python main.py RESUME=runs/{number.name}" in said
         FusionUNet.load(f"runs/{number.name}/best.pt", "cpu")
         assert logged_run(number.name).info.status == "KILLED"
@@ -210,12 +217,95 @@ def test_signals_end_it_without_a_traceback(tiny):
 # Constants
 
 
-def test_command_line_values_get_their_types():
-    assert parse("EPOCHS=3 LEARNING_RATE=1e-4 WEIGHTS=None RUN_NAME=12 AMP=False".split()) == {
-        "EPOCHS": 3, "LEARNING_RATE": 1e-4, "WEIGHTS": None, "RUN_NAME": "12", "AMP": False,
-    }  # fmt: skip
-    config, began = main.configure({"DATA_DIR": "x", "WARMUP_EPOCHS": 2, "EPOCHS": 7})
-    assert (config.WARMUP_EPOCHS, config.EPOCHS, config.SEED, began) == (2.0, 7, main.SEED, {"demo": False})
+def test_values_get_their_types_from_python_and_from_the_command_line():
+    typed = "EPOCHS=3 LEARNING_RATE=1e-4 WEIGHTS=None RUN_NAME=12 AMP=False CROP_SIZE=None"
+    config, began = main.configure(main.from_command_line(typed.split()) | {"DATA_DIR": "x", "WARMUP_EPOCHS": 2})
+    values = config.EPOCHS, config.LEARNING_RATE, config.WEIGHTS, config.RUN_NAME, config.AMP, config.CROP_SIZE
+    assert values == (3, 1e-4, None, "12", False, None) and type(config.WARMUP_EPOCHS) is float
+    assert (config.SEED, began) == (main.SEED, {"demo": False})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"EPOCH": 3}, "EPOCH: no such constant; did you mean EPOCHS?"),
+        ({"learning_rate": 1}, "learning_rate: no such constant; did you mean LEARNING_RATE?"),
+        ({"ALPHA": 1.5}, "ALPHA=1.5: must be a number from 0 to 1"),
+        ({"CROP_SIZE": "big"}, "CROP_SIZE=big: must be a whole number, 1 or more, or None"),
+        ({"AMP": "yes"}, "AMP=yes: must be True or False"),
+        ({"DATA_DIR": None}, "DATA_DIR=None: must be text"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_is_right(given, said):
+    with pytest.raises(OptionError, match=f"^{re.escape(said)}"):
+        main.configure(given)
+
+
+def test_what_is_allowed_agrees_with_the_constants():
+    hints = typing.get_type_hints(main)
+    assert hints.keys() - {"LARGEST"} == main.ALLOWED.keys()
+    for name, (kind, *bounds) in main.ALLOWED.items():
+        assert hints[name] == (kind | None if None in bounds else kind)
+        assert main.checked(name, getattr(main, name)) == getattr(main, name)
+    assert all(getattr(main, name) == came_as for name, (came_as, _) in main.DEMO.items())
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Runs a copy of the repository whose main.py has some lines replaced; what it prints, and its exit code."""
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "data", "runs", "images", "tests"))
+    (tmp_path / "copy" / "data").mkdir()
+
+    def run(*arguments: str, **lines: str) -> tuple[str, int]:
+        file = tmp_path / "copy" / "main.py"
+        text = (ROOT / "main.py").read_text()
+        for name, line in lines.items():
+            text, count = re.subn(rf"^{name}: .*$", line, text, flags=re.MULTILINE)
+            assert count == 1
+        file.write_text(text)
+        environment = os.environ | {"PYTHONPATH": ""}
+        command = [sys.executable, file, *arguments]
+        done = subprocess.run(command, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True)
+        return done.stdout + done.stderr, done.returncode
+
+    return run
+
+
+def test_constants_edited_by_hand_without_data_or_its_programs(edited, tiny):
+    """The copy has an empty data/, as if a disk were mounted there."""
+    lines = {"EPOCHS": "EPOCHS = 1", "BACKBONE": 'BACKBONE = "resnet18"  # mine', "SEED": "SEED=3"}
+    constants = [f"DATA_DIR={tiny}", "WEIGHTS=None", "CROP_SIZE=32", "BATCH_SIZE=4", "RUN_NAME=run"]
+    said, code = edited(*constants, **lines)
+    assert code == 0 and "epoch 1/1" in said, said
+    record = json.loads((tiny.parent / "copy" / "runs" / "run" / "constants.json").read_text())["constants"]
+    assert (record["EPOCHS"], record["BACKBONE"], record["SEED"]) == (1, "resnet18", 3)
+    command = [sys.executable, "visualize.py", "runs/run/best.pt", tiny / "val" / "A", tiny / "val" / "B"]
+    done = subprocess.run([*command, "--device", "cpu"], cwd=tiny.parent / "copy", capture_output=True, text=True)
+    assert done.returncode == 0 and "masks/pair_1.png: " in done.stdout, done.stderr
+
+
+def test_what_is_edited_wrongly_is_one_line(edited):
+    for line, words in (("EPOCHS = 'ten'", "EPOCHS=ten: must be a whole number"), ("EPOCHS: int = 0", "EPOCHS=0: ")):
+        said, code = edited(EPOCHS=line)
+        assert code == 1 and said.startswith(f"error: {words}") and said.count("\n") == 1
+    said, code = edited()
+    assert code == 1 and said.splitlines()[-1].startswith("error: DATA_DIR=data: no train in it, nor make_demo.py")
+
+
+def test_what_is_edited_counts_for_the_demo_too(monkeypatch):
+    monkeypatch.setattr(main, "EPOCHS", 7)
+    Path("data/demo").mkdir(parents=True)
+    config, began = main.configure({"BATCH_SIZE": 16})
+    assert began["demo"] and (config.EPOCHS, config.BATCH_SIZE, config.CROP_SIZE) == (7, 16, 128)
+
+
+def test_help_shows_every_constant(capsys):
+    for word in ("-h", "--help", "help"):
+        with pytest.raises(SystemExit) as done:
+            main.from_command_line([word])
+        said = capsys.readouterr().out
+        assert not done.value.code and "# OPTIMISATION" in said
+        assert all(re.search(rf"^{name}: .* = .*  # ", said, re.MULTILINE) for name in main.ALLOWED)
 
 
 def test_a_file_that_breaks_in_a_worker_ends_in_one_line(tiny):
@@ -235,6 +325,312 @@ def test_learning_rate_rises_then_falls():
     assert main.warmup_cosine(0, 0, 10) == 1 and main.warmup_cosine(3, 0, 6) == pytest.approx(
         math.cos(math.pi / 4) ** 2
     )
+
+
+# Killed, resumed
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory, tracking_uri) -> Path:
+    """A folder with a run of one epoch, runs/run, on the pairs in tiny."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_tiny(folder / "tiny")
+    shutil.rmtree(folder / "tiny" / "test")  # no scores are asked for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+        main.main(**QUICK | {"DATA_DIR": "tiny", "EPOCHS": 1, "AMP": False})
+    return folder
+
+
+@pytest.fixture
+def trained(one_epoch) -> None:
+    """A copy of that folder's content here."""
+    copy_run(one_epoch, Path())
+
+
+def copy_run(one_epoch: Path, folder: Path) -> None:
+    """Copy it so that MLflow takes it for a run of its own."""
+    shutil.copytree(one_epoch, folder, dirs_exist_ok=True)
+    record = folder / "runs" / "run" / "constants.json"
+    record.write_text(record.read_text().replace(json.loads(record.read_text())["id"], uuid.uuid4().hex))
+
+
+def test_a_run_goes_on_with_more_epochs(trained, capsys):
+    """As one that had them from the start, but for the learning rate, whose fall is stretched."""
+    first = Path("runs/run/metrics.csv").read_text()
+    main.main(RESUME="runs/run", EPOCHS=3, NUM_WORKERS=0)
+    assert "epoch 1/" not in capsys.readouterr().out.partition("runs/run:")[2]
+    rows = Path("runs/run/metrics.csv").read_text()
+    assert rows.startswith(first) and [row.split(",")[0] for row in rows.splitlines()] == ["epoch", "1", "2", "3"]
+    assert wrong_steps("run") == []
+    for change in ({"EPOCHS": 2}, {"LEARNING_RATE": 1.0}, {"SEED": 1}, {"EVALUATE": "runs/run/best.pt"}):
+        with pytest.raises(main.OptionError, match=f"{next(iter(change))}=.*the run began with"):
+            main.main(RESUME="runs/run", **change)
+
+
+def test_other_data_are_not_gone_on_with(trained):
+    for name in ("A", "B", "label"):
+        Path("tiny", "train", name, "pair_0.png").unlink()
+    with pytest.raises(DataError, match="tiny: not the files that runs/run began with"):
+        main.main(RESUME="runs/run")
+
+
+def test_a_damaged_checkpoint_is_told_with_what_is_left(trained):
+    last = Path("runs/run/last.pt")
+    held = bytearray(last.read_bytes())
+    held[len(held) // 2] ^= 1  # a bit of some weight, which torch itself would take
+    last.write_bytes(held)
+    with pytest.raises(
+        ModelError,
+        match=r"last\.pt: .*damaged.*without it RESUME begins with the first epoch",
+    ):
+        main.main(RESUME="runs/run")
+    with pytest.raises(ModelError, match="damaged"):
+        FusionUNet.load(last, "cpu")
+
+
+def test_one_process_at_a_time_is_at_a_run(trained):
+    config, _ = main.configure({"RESUME": "runs/run"})
+    with main.run_folder(config, json.loads(Path("runs/run/constants.json").read_text())):
+        other = start_main(RESUME="runs/run", EPOCHS=2)
+        other.join()
+    said = Path("output.txt").read_text()
+    assert other.exitcode == 1 and "error: runs/run: another process is at this run; wait for its end" in said
+
+
+# Several processes
+
+
+def work(folder: Path, environment: dict[str, str]) -> None:
+    """What is to be the same in all processes and in one alone, saved to a file."""
+    os.environ.update(environment)
+    torch.manual_seed(0)
+    with main.process_group():
+        rank, world, found = main.rank(), main.world(), {}
+        # The loss and its gradient, of a batch that each has a share of.
+        logits, label = torch.randn(6, 1, 4, 5, dtype=torch.float64), torch.rand(6, 1, 4, 5) < 0.3
+        share = logits[rank::world].clone().requires_grad_()
+        loss = CombinedIoULoss(0.3)(share, label[rank::world])
+        loss.backward()
+        found |= {"loss": loss.detach(), "gradient": share.grad / world}  # DistributedDataParallel averages
+        # The batches of an epoch and their colours, put together again.
+        sampler, images = RandomBatches(20, 6, rank, world), torch.randint(0, 256, (6, 3, 2, 2), dtype=torch.uint8)
+        torch.manual_seed(1)
+        found["draws"] = [sorted(batch) for batch in sampler]
+        found["colours"] = color_jitter(images[rank::world], 0.5, 0.5, 0.5, 0.5, rank, world)
+        # The counts of a validation pass, whose batches can't be shared evenly.
+        model = FusionUNet.load(folder / "model.pt", "cpu")
+        loader = make_loader(LEVIRCD(folder, "val", 32), 2, 0, on_gpu=False, rank=rank, world=world)
+        config = SimpleNamespace(ALPHA=0.5, NUM_CLASSES=1)
+        scores, counts = main.evaluate(model, loader, config, "val", amp=False)
+        # A step's gradients, but for BatchNorm, which evaluate left with its statistics.
+        pair = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(2))[:, rank::world]
+        label = (torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(3)) < 0.3)[rank::world]
+        parallel = main.wrapped(model, False)  # must live until the gradients have come
+        CombinedIoULoss(0.5)(parallel(*pair), label).backward()
+        found["step"] = torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad])
+        found |= {"counts": torch.from_numpy(counts._passed()), "score": torch.tensor(scores["loss"])}
+    torch.save(found, folder / f"{environment.get('RANK', 'alone')}.pt")
+
+
+def test_processes_share_batches_and_sum_what_they_count(tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        write_pair(tmp_path / "val", f"{index}", *random_pair(rng, 40, 70))
+    torch.save(FusionUNet(weights=None, backbone="resnet18").checkpoint(), tmp_path / "model.pt")
+    group = [PROCESSES.Process(target=work, args=(tmp_path, environment)) for environment in (*as_torchrun(3), {})]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join()
+        assert process.exitcode == 0
+    *shares, alone = (torch.load(tmp_path / f"{name}.pt") for name in (0, 1, 2, "alone"))
+    for name, expected in alone.items():
+        if name == "draws":
+            steps = zip(*(share[name] for share in shares), strict=True)
+            together = [sorted(draw for batch in step for draw in batch) for step in steps]
+            assert together == expected
+        elif name in ("colours", "gradient"):
+            assert all(torch.allclose(share[name], expected[rank::3], atol=1e-7) for rank, share in enumerate(shares))
+        elif name == "counts":
+            assert all(torch.equal(share[name], expected) for share in shares)
+            assert expected[0].sum() == 3 * 40 * 70
+        else:
+            for share in shares:
+                torch.testing.assert_close(share[name], expected, rtol=1e-4 if name == "step" else 1e-6, atol=1e-7)
+
+
+def test_two_processes_go_on_as_one(one_epoch, tmp_path, monkeypatch):
+    for folder in ("two", "one"):
+        copy_run(one_epoch, tmp_path / folder)
+    monkeypatch.chdir("two")
+    group = [start("main.py", "RESUME=runs/run", "EPOCHS=2", **environment) for environment in as_torchrun(2)]
+    monkeypatch.chdir("../one")
+    main.main(RESUME="runs/run", EPOCHS=2)
+    for process in group:
+        process.join()
+    said = (tmp_path / "two" / "output.txt").read_text()
+    assert [process.exitcode for process in group] == [0, 0] and said.count("epoch 2/2") == 1, said
+    rows = {}
+    for folder in ("two", "one"):
+        monkeypatch.chdir(tmp_path / folder)
+        with open("runs/run/metrics.csv") as file:
+            header, *lines = csv.reader(file)
+            rows[folder] = [[float(value) for value in line] for line in lines]
+        assert wrong_steps("run") == []
+    assert rows["one"][0] == rows["two"][0] and len(rows["two"]) == 2
+    # On CPUs BatchNorm sees the two pairs of each process, not all four: the losses are 0.03 apart.
+    losses = {name: (row[1][1], row[1][header.index("val_loss")]) for name, row in rows.items()}
+    assert losses["one"] == pytest.approx(losses["two"], abs=0.1)
+
+
+# Faults
+
+
+def test_a_full_disk_leaves_the_good_checkpoint(trained):
+    """Played by a limit on the size of a file."""
+    last = Path("runs/run/last.pt")
+    held = last.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(held) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"runs/run/(last|best)\.pt: can't be written \(File too large\)"):
+            main.main(RESUME="runs/run", EPOCHS=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert last.read_bytes() == held and not list(Path("runs/run").glob("*.part"))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "x"
+    file.write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(file) as part:
+        part.write("new")
+        part.write(str(1 / 0))
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_loss_that_is_not_finite_is_not_saved(trained, monkeypatch, split):
+    held = {name: Path("runs/run", name).read_bytes() for name in ("last.pt", "best.pt", "metrics.csv")}
+    forward = CombinedIoULoss.forward
+
+    def broken(self, logits, label):
+        return forward(self, logits, label) * (torch.nan if logits.requires_grad == (split == "train") else 1)
+
+    monkeypatch.setattr(CombinedIoULoss, "forward", broken)
+    said = "epoch 2, steps 1 to 4: the loss is nan" if split == "train" else "validation: the loss is nan"
+    with pytest.raises(FloatingPointError, match=f"{said}; lower LEARNING_RATE, or set AMP=False"):
+        main.main(RESUME="runs/run", EPOCHS=2)
+    assert all(Path("runs/run", name).read_bytes() == content for name, content in held.items())
+
+
+def test_the_loss_is_read_every_few_steps_alone(tiny, monkeypatch):
+    """And nothing else waits for the device in between: the calls that would are counted."""
+    reads = []
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(self.shape) or item(self))
+    monkeypatch.setattr(main, "READ_EVERY", 3)
+    config, _ = main.configure(QUICK | {"DATA_DIR": str(tiny), "BATCH_SIZE": 2, "EPOCHS": 1, "CACHE_DIR": None})
+    loaders = {split: main.load(config, torch.device("cpu"), split, 32) for split in ("train", "val")}
+    torch.manual_seed(0)
+    model, before = FusionUNet(weights=None, backbone="resnet18"), len(reads)
+    monkeypatch.setattr(main, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.train(model, loaders, config, None, None)
+    of_the_loss = [shape for shape in reads[before:] if shape == ()]
+    assert len(loaders["train"]) == 8 and len(of_the_loss) <= 3 + 8, len(of_the_loss)  # and a crop's seed each, at most
+
+
+# MLflow
+
+
+def test_a_server_that_comes_late_stalls_and_dies(server, tiny, monkeypatch, capsys):
+    def come_back() -> None:
+        server.signal(signal.SIGCONT)
+        server.wait()
+
+    after_epoch = {1: come_back, 2: lambda: server.signal(signal.SIGSTOP), 3: lambda: server.signal(signal.SIGKILL)}
+    save = main.save
+
+    def save_and_disturb(checkpoint: dict, path: Path) -> None:
+        save(checkpoint, path)
+        if path.name == "last.pt":
+            after_epoch.get(checkpoint["epoch"], lambda: None)()
+            minutes.append(60)
+
+    monkeypatch.setattr(main, "save", save_and_disturb)
+    minutes = []
+    hurried = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + sum(minutes))
+    monkeypatch.setattr(metrics, "time", hurried)  # each epoch takes a minute
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    server.signal(signal.SIGSTOP)
+    shutil.rmtree(tiny / "test")  # no scores are asked for
+    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 4})
+    said = capsys.readouterr().out
+    assert [said.count(f"MLflow {what}") for what in ("doesn't answer", "is back", "lacks a part")] == [2, 1, 1], said
+
+    # Its database is read by itself now, as the next server would.
+    monkeypatch.setattr(metrics, "time", time)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{server.folder}/server.db")
+    assert wrong_steps("run") == ["MLflow: steps [1]", "MLflow: RUNNING"]
+    main.main(RESUME="runs/run")
+    assert "MLflow" not in capsys.readouterr().out and wrong_steps("run") == []
+    files = {str(file.relative_to(server.folder)) for file in (server.folder / "artifacts").rglob("*")}
+    assert {"best.pt", "metrics.csv", "predictions"} <= {Path(file).name for file in files}
+
+
+def test_a_stalled_server_is_asked_once_a_minute(monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+
+    def stalled() -> None:
+        asked.append(now[0])
+        now[0] += 10
+        raise OSError("timed out")
+
+    monkeypatch.setattr(metrics, "_mlflow_client", stalled)
+    twin = metrics.MLflowRun("run", {"constants": {}})
+    while now[0] < 300:
+        twin.send([{"val_iou": 0.5}])
+        now[0] += 2
+    assert len(asked) <= 5 and all(later - one >= 70 for one, later in itertools.pairwise(asked))
+
+
+def test_its_page_shows_what_mlflows_own_would(one_epoch, monkeypatch):
+    monkeypatch.chdir(one_epoch)
+    run = logged_run("run")
+    assert run.data.tags["mlflow.user"] and run.data.tags["mlflow.source.type"] == "LOCAL"
+    assert run.data.tags["mlflow.source.name"]
+    inputs = {entry.dataset.name: entry for entry in run.inputs.dataset_inputs}
+    assert inputs.keys() == {"tiny train", "tiny val"}
+    record = json.loads(Path("runs/run/constants.json").read_text())
+    assert inputs["tiny val"].dataset.digest == record["data"]["val"]
+    assert inputs["tiny val"].tags[0].value == "val"
+
+
+def test_killed_runs_and_two_at_once_end_in_the_same_bits(killed_runs):
+    process, output = killed_runs
+    assert process.wait() == 0, output.read_text()
+
+
+# The house
+
+
+def test_imports_run_one_way():
+    allowed = {
+        "main": {"visualize", "model", "dataset", "losses", "metrics", "data.make_demo"},
+        "visualize": {"model", "dataset"}, "model": {"dataset"}, "dataset": set(), "losses": set(),
+        "metrics": {"dataset"},
+    }  # fmt: skip
+    for name, others in allowed.items():
+        nodes = list(ast.walk(ast.parse((ROOT / f"{name}.py").read_text())))
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert {each for each in names if each.partition(".")[0] in {*allowed, "data", "tests"}} <= others
+        assert "filelock" not in names
 
 
 # Real pairs

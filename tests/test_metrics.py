@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from metrics import ChangeMetrics, ThresholdMetrics, as_logits
+from metrics import ChangeMetrics, as_logits
 
 
 def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
@@ -38,12 +38,11 @@ def test_equal_to_scikit_learn_over_batches_of_any_size(share):
 
 @pytest.mark.parametrize("threshold", [0.5, 0.2, 0.8])
 def test_several_classes_equal_scikit_learns(threshold):
-    rng, plain, at_thresholds, seen = np.random.default_rng(0), ChangeMetrics(3), ThresholdMetrics(3), []
+    rng, metrics, seen = np.random.default_rng(0), ChangeMetrics(3), []
     for pairs in (4, 1):
         label = rng.choice(4, (pairs, 1, 32, 24), p=[0.8, 0.1, 0.07, 0.03])
         logits = rng.normal(size=(pairs, 3, 32, 24)) + 3 * (label == [[[1]], [[2]], [[3]]]) - 2
-        for metrics in (plain, at_thresholds):
-            metrics.update(torch.from_numpy(logits), torch.from_numpy(label.astype(np.uint8)))
+        metrics.update(torch.from_numpy(logits), torch.from_numpy(label.astype(np.uint8)))
         odds = np.exp(logits).sum(1)
         seen.append((label.ravel(), np.where(odds / (1 + odds) > threshold, 1 + logits.argmax(1), 0).ravel()))
     truth, guess = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
@@ -54,11 +53,9 @@ def test_several_classes_equal_scikit_learns(threshold):
         expected[name] = score(truth, guess, average="macro", labels=[1, 2, 3])
     expected["accuracy"] = sk.accuracy_score(truth, guess)
     tolerance = 1e-12 if threshold == 0.5 else 0.01  # the nearest of the 321 thresholds
-    assert at_thresholds.compute(threshold) == pytest.approx(expected, abs=tolerance)
-    if threshold == 0.5:
-        assert plain.compute() == pytest.approx(expected, abs=1e-12)
-    curve, best = at_thresholds.curve(), at_thresholds.best_threshold()
-    assert at_thresholds.compute(best)["iou"] == pytest.approx(curve["iou"][1:].max())
+    assert metrics.compute(threshold) == pytest.approx(expected, abs=tolerance)
+    curve, best = metrics.curve(), metrics.best_threshold()
+    assert metrics.compute(best)["iou"] == pytest.approx(curve["iou"][1:].max())
     right = (guess == truth) & (truth > 0)
     at = np.abs(curve["threshold"] - threshold).argmin()
     assert curve["recall"][at] == pytest.approx(right.sum() / (truth > 0).sum(), abs=tolerance)
@@ -70,11 +67,11 @@ def test_a_class_that_is_nowhere_labelled_does_not_count():
     label[..., :2, :] = 1
     logits[:, 0, :1] = 9  # half of class 1 is found
     logits[:, 2, 3, 3] = 9  # and one pixel of class 3, which isn't there
-    for metrics in (ChangeMetrics(3), ThresholdMetrics(3)):
-        metrics.update(logits, label)
-        scores = metrics.compute()
-        assert scores["iou"] == scores["iou_1"] == 0.5
-        assert (scores["iou_2"], scores["iou_3"]) == (1, 0)
+    metrics = ChangeMetrics(3)
+    metrics.update(logits, label)
+    scores = metrics.compute()
+    assert scores["iou"] == scores["iou_1"] == 0.5
+    assert (scores["iou_2"], scores["iou_3"]) == (1, 0)
     assert metrics.curve()["iou"][161] == 0.5
 
 
@@ -132,9 +129,9 @@ def test_counts_beyond_float32():
 # Thresholds
 
 
-def random_split(shift: float = -2) -> tuple[ThresholdMetrics, np.ndarray, np.ndarray]:
+def random_split(shift: float = -2) -> tuple[ChangeMetrics, np.ndarray, np.ndarray]:
     """The metrics of three batches, and all their labels and logits; some logits are exactly 0."""
-    rng, metrics, seen = np.random.default_rng(0), ThresholdMetrics(), []
+    rng, metrics, seen = np.random.default_rng(0), ChangeMetrics(), []
     for pairs in (4, 4, 1):
         label = (rng.random((pairs, 1, 32, 24)) < 0.1).astype(np.uint8)
         logits = (3 * rng.normal(size=label.shape) + 4 * label + shift).astype(np.float32)
@@ -174,13 +171,13 @@ def test_the_best_threshold_is_best():
 
 
 def test_of_equal_thresholds_the_middle_one():
-    metrics = ThresholdMetrics()
+    metrics = ChangeMetrics()
     metrics.update(torch.tensor([-5.0, 5.0]).view(1, 1, 1, 2), torch.tensor([0, 1]).view(1, 1, 1, 2))
     assert metrics.best_threshold() == 0.5 and metrics.average_precision() == 1
 
 
 def test_thresholds_where_nothing_is_labelled():
-    metrics = ThresholdMetrics()
+    metrics = ChangeMetrics()
     metrics.update(torch.randn(1, 1, 8, 8) - 20, torch.zeros(1, 1, 8, 8))
     assert metrics.average_precision() == 0 and metrics.best_threshold() == 0.5
     assert set(metrics.compute().values()) == {1.0}
@@ -188,12 +185,20 @@ def test_thresholds_where_nothing_is_labelled():
 
 
 def test_what_is_not_a_number_counts_as_unchanged():
-    metrics = ThresholdMetrics()
+    metrics = ChangeMetrics()
     metrics.update(torch.full((1, 1, 4, 4), torch.nan), torch.ones(1, 1, 4, 4))
     assert metrics.compute()["iou"] == 0 and metrics.curve()["iou"][1:].max() == 0
 
 
+def test_a_pixel_is_changed_above_one_half_and_not_at_it():
+    """However near: what is counted lies in steps of the logit, but 0 is the edge of one."""
+    logits = torch.tensor([0.0, 1e-30, -1e-30, 1e-6]).view(1, 1, 2, 2)
+    metrics = ChangeMetrics()
+    metrics.update(logits, torch.ones(1, 1, 2, 2))
+    assert metrics.compute()["recall"] == 0.5
+
+
 def test_the_best_threshold_is_one_that_compute_knows():
-    metrics = ThresholdMetrics()
+    metrics = ChangeMetrics()
     metrics.update(torch.full((1, 1, 4, 4), -20.0), torch.ones(1, 1, 4, 4))  # only "all of it" would be right
     assert metrics.compute(metrics.best_threshold())["iou"] == metrics.curve()["iou"][1:].max() == 0

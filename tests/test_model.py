@@ -1,4 +1,4 @@
-"""FusionUNet: shapes, freezing, weights and checkpoints."""
+"""FusionUNet: shapes, freezing, weights, checkpoints, and the optimizers that train it."""
 
 import copy
 import inspect
@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
 
-from data import backbone
+import model as program
 from dataset import DataError
-from model import STRIDES, FusionUNet, ModelError, _blending
+from model import STRIDES, FusionUNet, KernelMuon, ModelError, _blending, make_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +119,14 @@ def test_folding_is_exact(name):
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     try:
-        (stages, *_), pictures = backbone.cut_into_stages(name, None), torch.randn(2, 3, 64, 96)
+        (stages, *_), pictures = program.cut_into_stages(name, None), torch.randn(2, 3, 64, 96)
     finally:
         torch.set_default_dtype(torch.float32)
     for norm in (module for module in stages.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.2, 2)
         nn.init.normal_(norm.bias)
     plain = nn.Sequential(*copy.deepcopy(stages).eval().values())
-    backbone.fold(stages.eval())
+    program.fold(stages.eval())
     folded, expected = nn.Sequential(*stages.values())(pictures), plain(pictures)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in stages.modules()) == (
         62 if name == "densenet121" else 0
@@ -348,3 +348,83 @@ def test_load_gives_the_model_back(tmp_path):
     loaded, pair = FusionUNet.load(tmp_path / "best.pt", "cpu"), images(1, 64, 64)
     assert not loaded.training
     torch.testing.assert_close(loaded(*pair), model.eval()(*pair))
+
+
+def test_a_checkpoint_takes_its_frozen_backbone_from_the_best_beside_it(tmp_path):
+    torch.manual_seed(0)
+    model, other = (FusionUNet(weights=None, backbone="resnet18").eval() for _ in range(2))
+    pair = images(1, 64, 64)
+    torch.save(model.checkpoint(whole=False), tmp_path / "last.pt")
+    torch.save(model.checkpoint(), tmp_path / "best.pt")
+    assert not any("stages" in name for name in torch.load(tmp_path / "last.pt")["model"])
+    torch.testing.assert_close(FusionUNet.load(tmp_path / "last.pt", "cpu")(*pair), model(*pair))
+    torch.save(other.checkpoint(), tmp_path / "best.pt")
+    with pytest.raises(ModelError, match=r"best\.pt: not the backbone that .*last\.pt was trained over; bring back"):
+        FusionUNet.load(tmp_path / "last.pt", "cpu")
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(ModelError, match=r"best\.pt: no such checkpoint"):
+        FusionUNet.load(tmp_path / "last.pt", "cpu")
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(8, 6, 3, 3), (8, 32, 1, 1), (64, 3, 3, 3)])
+def test_a_kernel_is_stepped_as_its_matrix_is(shape, memory_format):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    kernel = nn.Parameter(start.clone().contiguous(memory_format=memory_format))
+    matrix = nn.Parameter(start.flatten(1).clone())
+    options = {"lr": 0.1, "weight_decay": 0.5, "adjust_lr_fn": "match_rms_adamw"}
+    ours, torchs = KernelMuon([kernel], **options), torch.optim.Muon([matrix], **options)
+    for gradient in gradients:
+        kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1).clone()  # in another order than the kernel
+        ours.step()
+        torchs.step()
+    change = (matrix - start.flatten(1)).abs().mean()
+    assert (kernel.flatten(1) - matrix).abs().max() < 0.03 * change  # Muon computes in bfloat16
+    assert kernel.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_each_parameter_has_one_optimizer(frozen):
+    model = FusionUNet(weights=None, freeze_backbone=frozen, backbone="resnet18").to(memory_format=torch.channels_last)
+    muon, adamw = make_optimizers(model, 1e-2, 0)
+    others = {id(value): group["lr"] for group in adamw.param_groups for value in group["params"]}
+    matrices = {matrix.data_ptr() for matrix in muon.param_groups[0]["params"]}
+    for name, value in model.named_parameters():
+        if name.startswith("stages."):
+            assert others.get(id(value)) == (None if frozen else pytest.approx(1e-3))
+        elif value.ndim == 4 and name != "head.weight":
+            assert value.data_ptr() in matrices and id(value) not in others
+        else:
+            assert others[id(value)] == 1e-2
+    assert len(matrices) == len(muon.kernels)
+
+
+def test_a_kernel_that_was_moved_is_not_left_behind_in_silence():
+    layer = nn.Conv2d(4, 8, 3)
+    optimizer = KernelMuon([layer.weight])
+    layer(torch.randn(1, 4, 8, 8)).sum().backward()
+    optimizer.step()
+    layer.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        optimizer.step()
+
+
+def test_it_goes_on_as_if_nothing_had_happened():
+    states = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+        optimizer = KernelMuon([layer.weight], lr=0.1)
+        for step in range(4):
+            if stop and step == 2:
+                saved = optimizer.state_dict()
+                optimizer = KernelMuon([layer.weight], lr=1)
+                optimizer.load_state_dict(saved)
+            layer.weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        states.append(layer.weight.detach().clone())
+    assert torch.equal(*states)

@@ -1,4 +1,4 @@
-"""Pictures, and the masks of files."""
+"""Pictures, the masks of files, and that these lie where their images lie."""
 
 import ast
 import re
@@ -11,12 +11,50 @@ from conftest import ROOT, start
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from PIL import Image
-from test_georeference import geotags
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from data.georeference import Place
 from dataset import LEVIRCD, DataError
 from model import FusionUNet
-from visualize import CLASSES, OUTCOMES, OptionError, plot_curves, plot_precision_recall, plot_predictions, write_masks
+from visualize import (
+    CLASSES,
+    CRS,
+    GEOTAGS,
+    METRE,
+    NODATA,
+    OUTCOMES,
+    UNIT,
+    WEB_MERCATOR,
+    Place,
+    common_place,
+    plot_curves,
+    plot_precision_recall,
+    plot_predictions,
+    world_file,
+    write_masks,
+)  # fmt: skip
+
+DOUBLE, SHORT, ASCII = 12, 3, 2
+
+
+def geokeys(crs: int = 32614, unit: int = METRE) -> tuple[int, ...]:
+    return (1, 1, 0, 3, 1024, 0, 1, 1, CRS, 0, 1, crs, UNIT, 0, 1, unit)
+
+
+def geotags(
+    x: float = 600_000.0, scale: float = 0.5, keys: tuple = geokeys(), nodata: str = "-9999"
+) -> ImageFileDirectory_v2:
+    """A place in UTM zone 14, as GDAL writes it."""
+    tags = ImageFileDirectory_v2()
+    for tag, kind, value in (
+        (33550, DOUBLE, (scale, scale, 0.0)),
+        (33922, DOUBLE, (0.0, 0.0, 0.0, x, 3_400_000.125, 0.0)),
+        (34735, SHORT, keys),
+        (34737, ASCII, "WGS 84 / UTM zone 14N|"),
+        (42113, ASCII, nodata),
+    ):
+        tags.tagtype[tag] = kind
+        tags[tag] = value
+    return tags
 
 
 class Recorder:
@@ -255,12 +293,12 @@ def test_the_masks_of_folders_are_paired_by_stem(checkpoint):
         (("a.png", "text.png"), {}, "text.png: can't be read as an image"),
         (("a.png", "grey.png"), {}, "grey.png: one band"),
         (("a.png", "b.png"), {"out": "a.png"}, "a.png: is there already"),
-        (("a.png", "b.png"), {"out": "mask.jpg"}, "OUT=mask.jpg: "),
+        (("a.png", "b.png"), {"out": "mask.jpg"}, "--out mask.jpg: "),
         (("empty",), {}, "empty/A: not there"),
         (("a.png", "empty"), {}, "empty: not there"),
         (("a.png", "b.png"), {"out": "placed.png"}, "placed.pgw: is there already"),
         (("split",), {"out": "split/label"}, "split/label/x.png: is there already"),
-        (("split",), {"out": "split/A"}, "OUT=split/A: "),
+        (("split",), {"out": "split/A"}, "--out split/A: "),
     ],
 )
 def test_files_without_a_mask(checkpoint, paths, options, message):
@@ -281,7 +319,7 @@ def test_files_without_a_mask(checkpoint, paths, options, message):
 @pytest.mark.parametrize("options", [{"threshold": 50.0}, {"threshold": -0.1}, {"pixel_size": 0.0}])
 def test_options_that_cannot_be(checkpoint, options):
     write_images("a.png", "b.png")
-    with pytest.raises(OptionError, match=next(iter(options)).upper()):
+    with pytest.raises(DataError, match=next(iter(options)).replace("_", " ")):
         write_masks(checkpoint, "a.png", "b.png", **options)
 
 
@@ -297,14 +335,20 @@ def test_a_geotiff_comes_out_of_geotiffs(checkpoint, capsys):
 
 def test_the_command_line(checkpoint):
     write_images("a.png", "b.png")
-    done = start("visualize.py", "best.pt", "a.png", "b.png", "OUT=new/x.png", "THRESHOLD=0", "DEVICE=cpu")
+    done = start(
+        "visualize.py", "best.pt", "a.png", "b.png", "--out", "new/x.png", "--threshold", "0", "--device", "cpu"
+    )
     done.join()
     said = Path("output.txt").read_text()
     assert done.exitcode == 0 and "new/x.png: 2,240 of 2,240 pixels changed (100.00%)" in said
-    done = start("visualize.py", "a.png", "a.png", "b.png", "COLOUR=red")
+    done = start("visualize.py", "a.png", "a.png", "b.png", "--colour", "red")
     done.join()
     said = Path("output.txt").read_text().removeprefix(said)
-    assert done.exitcode == 1 and said.startswith("error: COLOUR=red: ") and said.count("\n") == 1
+    assert (
+        done.exitcode == 1
+        and said.startswith("error: unrecognized arguments: --colour red; see")
+        and said.count("\n") == 1
+    )
 
 
 def test_importing_it_brings_no_logger():
@@ -318,4 +362,120 @@ def test_importing_it_brings_no_logger():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             to_read += set(names) - seen
     assert "model" in seen and "torch" in seen
-    assert not any(re.match("mlflow|torch.utils.tensorboard|main|data.runs", name) for name in seen)
+    assert not any(re.match("mlflow|torch.utils.tensorboard|main|metrics|data", name) for name in seen - {"dataset"})
+
+
+# Where on the ground
+
+
+def write_tiff(path: Path, tags: ImageFileDirectory_v2 | None) -> Path:
+    Image.new("RGB", (8, 6)).save(path, tiffinfo=tags or {})
+    return path
+
+
+def write_png(path: Path, world: str | None) -> Path:
+    Image.new("RGB", (8, 6)).save(path)
+    if world is not None:
+        world_file(path).write_text(world)
+    return path
+
+
+WORLD = "0.5\n0\n0\n-0.5\n600000.25\n3399999.875\n"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_mask_has_the_tags_of_its_image(tmp_path, dtype):
+    pair = [write_tiff(tmp_path / f"{name}.tif", geotags()) for name in "ab"]
+    pixels = np.arange(48, dtype=dtype).reshape(6, 8)
+    common_place(*pair).save(pixels, tmp_path / "mask.tif")
+    with Image.open(tmp_path / "mask.tif") as mask:
+        assert np.array_equal(np.asarray(mask), pixels)
+        assert {tag: mask.tag_v2[tag] for tag in GEOTAGS if tag in mask.tag_v2} == dict(geotags())
+
+
+@pytest.mark.parametrize("nodata", ["0", "255"])
+def test_a_mask_has_no_value_that_means_nothing(tmp_path, nodata):
+    place = Place(write_tiff(tmp_path / "a.tif", geotags(nodata=nodata)))
+    assert NODATA not in place.tags and place.affine is not None
+
+
+@pytest.mark.parametrize("suffix", [".PGW", ".pgw"])
+def test_a_world_file_goes_along(tmp_path, suffix):
+    path = write_png(tmp_path / "a.png", None)
+    path.with_suffix(suffix).write_text(WORLD)
+    Place(path).save(np.zeros((6, 8), np.uint8), tmp_path / "mask.tif")
+    assert (tmp_path / "mask.tfw").read_text() == WORLD
+
+
+def test_tags_and_world_files_tell_the_same(tmp_path):
+    tags, world = write_tiff(tmp_path / "a.tif", geotags()), write_png(tmp_path / "b.png", WORLD)
+    assert Place(tags).affine.tolist() == Place(world).affine.tolist() == [600_000, 3_400_000.125, 0.5, 0, 0, -0.5]
+    turned = geotags()
+    del turned[33550], turned[33922]
+    turned.tagtype[34264] = DOUBLE
+    turned[34264] = (0.3, 0.4, 0.0, 6e5, 0.4, -0.3, 0.0, 3e6, *[0.0] * 7, 1.0)
+    place = Place(write_tiff(tmp_path / "c.tif", turned))
+    assert place.affine.tolist() == [6e5, 3e6, 0.3, 0.4, 0.4, -0.3] and place.pixel_area() == pytest.approx(0.25)
+
+
+def test_one_of_two_knows_the_place(tmp_path):
+    known, unknown = write_tiff(tmp_path / "a.tif", geotags()), write_tiff(tmp_path / "b.tif", None)
+    assert dict(common_place(known, unknown).tags) == dict(common_place(unknown, known).tags) == dict(geotags())
+    assert common_place(unknown, unknown).affine is None
+
+
+@pytest.mark.parametrize(
+    ("there", "shown"),
+    [
+        (geotags(x=600_000.01), "600000.01.*600000.0"),
+        (geotags(scale=0.6), "0.6.*0.5"),
+        (geotags(keys=geokeys(crs=32615)), "EPSG:32615.*EPSG:32614"),
+    ],
+)
+def test_two_places(tmp_path, there, shown):
+    pair = write_tiff(tmp_path / "a.tif", geotags()), write_tiff(tmp_path / "b.tif", there)
+    with pytest.raises(DataError, match=rf"b\.tif: lies elsewhere than .*a\.tif.*{shown}"):
+        common_place(*pair)
+
+
+def test_less_than_a_hundredth_of_a_pixel_is_one_place(tmp_path):
+    common_place(write_tiff(tmp_path / "a.tif", geotags()), write_tiff(tmp_path / "b.tif", geotags(x=600_000.004)))
+
+
+def test_two_places_in_world_files(tmp_path):
+    elsewhere = write_png(tmp_path / "b.png", WORLD.replace("600000.25", "600001"))
+    with pytest.raises(DataError, match=r"b\.png: lies elsewhere than .*600000\.75.*not .*600000\.0"):
+        common_place(write_png(tmp_path / "a.png", WORLD), elsewhere)
+
+
+@pytest.mark.parametrize("text", ["", "1 2 3", "0,5 0 0 -0,5 600000 3400000"])
+def test_a_world_file_that_is_none(tmp_path, text):
+    with pytest.raises(DataError, match=r"a\.pgw: a world file holds six numbers"):
+        Place(write_png(tmp_path / "a.png", text))
+
+
+@pytest.mark.parametrize(
+    ("name", "world"), [("x.tif", "x.tfw"), ("x.PNG", "x.pgw"), ("x.jpeg", "x.jgw"), ("a.b.jpg", "a.b.jgw")]
+)
+def test_names_of_world_files(name, world):
+    assert world_file(Path(name)) == Path(world)
+
+
+@pytest.mark.parametrize(
+    ("keys", "area"),
+    [
+        (geokeys(), 0.25),
+        ((1, 1, 0, 1, 1024, 0, 1, 2), None),  # degrees
+        (geokeys(unit=9002), None),  # feet
+        (geokeys(crs=WEB_MERCATOR), None),
+        ((1, 1, 0, 1), None),  # cut short
+    ],
+)
+def test_area_of_a_pixel(tmp_path, keys, area):
+    assert Place(write_tiff(tmp_path / "a.tif", geotags(keys=keys))).pixel_area() == area
+
+
+def test_metres_without_a_place_are_no_area(tmp_path):
+    tags = geotags()
+    del tags[33550], tags[33922]
+    assert Place(write_tiff(tmp_path / "a.tif", tags)).pixel_area() is None
