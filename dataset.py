@@ -7,7 +7,11 @@ import hashlib
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import struct
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import IO
@@ -19,28 +23,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-PARTS = ("A", "B", "label")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-ImageLike = Tensor | np.ndarray | str | os.PathLike
+FOLDERS = ("A", "B", "label")  # of a split: images before, images after, masks
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+IGNORED = 255  # in a label: this pixel is neither trained on nor scored
+ImageLike = Tensor | np.ndarray | Image.Image | str | os.PathLike
 MAX_PIXELS = 400_000_000  # an image may hold, 20,000 × 20,000: a small file of a stranger may unpack to more
 
 
 class LEVIRCD(Dataset):
     """Pairs of co-registered images and the mask of what changed (LEVIR-CD: Chen and Shi 2020, doi:10.3390/rs12101662).
 
-    An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, …, num_classes}.
+    An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, …, num_classes}
+    or, where a pixel is void in an image or is to be ignored, 255.
     Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
     bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop of the
     same image: turned by a quarter, mirrored and, with one class, its dates swapped, each at random.
 
     Args:
-        root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif}`, one stem for the three files of a pair.
-        split: "train", "val", "test" or any other folder of `root`.
+        root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif,bmp}`, one stem for the three files of a pair; they
+            may lie in folders below A, the same below B and label.
+        split: "train", "val", "test" or any other folder of `root`; where there is no val, a tenth of train's pairs,
+            chosen by their names, is val and not train.
         crop_size: side of a crop or tile in pixels; None for whole images.
         augment: random crops instead of tiles.
         cache_dir: folder for the decoded pairs, 7 bytes a pixel, filled once and shared by all processes;
             None decodes the files at each access.
         num_classes: classes of change; the masks hold 0 and 255, or 0 to `num_classes`.
+        ignore: value in the masks of pixels to ignore; None: there is none.
+        folders: names of the folders of a split, as `FOLDERS`.
 
     Raises:
         DataError: files are missing, unreadable, of differing sizes, smaller than the crop, or not a mask.
@@ -54,10 +64,13 @@ class LEVIRCD(Dataset):
         augment: bool = False,
         cache_dir: str | os.PathLike | None = None,
         num_classes: int = 1,
+        ignore: int | None = None,
+        folders: Sequence[str] = FOLDERS,
     ) -> None:
-        self.folder = Path(root) / split
+        self.folder = Path(root).expanduser() / split
         self.crop_size, self.augment = crop_size, augment
-        self.pairs = Pairs(self.folder, None if cache_dir is None else Path(cache_dir), num_classes)
+        cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        self.pairs = Pairs(self.folder, cache_dir, num_classes, ignore, folders)
         sizes = self.pairs.sizes
         if augment and crop_size and (small := np.flatnonzero(sizes.min(1) < crop_size)).size:
             raise DataError(
@@ -98,6 +111,11 @@ class LEVIRCD(Dataset):
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change when a file is added, removed, renamed or changes its size."""
         return self.pairs.fingerprint()
+
+    @property
+    def has_change(self) -> bool:
+        """Whether any pixel of any mask is labelled as changed."""
+        return bool(self.pairs.facts[:, 2].any())
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """All indices in lists of at most `batch_size` items of one height and width, for evaluation."""
@@ -171,13 +189,21 @@ def make_loader(
     else:
         batches = dataset.batches(batch_size)[rank::world]
     if num_workers is None:
-        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        num_workers = max(1, min(8, cores)) if on_gpu else 0
+        num_workers = max(1, min(8, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
     # With a generator of its own a loader draws nothing from torch's, whatever its workers.
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0,
         worker_init_fn=leave_signals_to_main, pin_memory=on_gpu, generator=torch.Generator(),
     )  # fmt: skip
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has under taskset or in a container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def leave_signals_to_main(_: int) -> None:
@@ -248,45 +274,72 @@ class Pairs:
     What is known of them stands in arrays, not in an object for each file: the processes that load share these.
 
     Args:
-        folder: holds `{A,B,label}/NAME.{png,jpg,tif}`.
+        folder: holds `{A,B,label}/NAME.{png,jpg,tif,bmp}`.
         cache_dir: keeps what was checked and decoded, until a file changes its size or time; None: nothing is kept.
         num_classes: classes of change in the masks.
+        ignore: value in the masks of pixels to ignore.
+        folders: names of the three folders.
 
     Attributes:
-        sizes: int64 (pairs, 2), height and width in pixels.
+        facts: int64 (pairs, 4): height and width in pixels; how many of these are labelled as changed; in which way
+            the mask is odd, an index of `ODD`.
 
     Raises:
         DataError: a file is missing, can't be read or is no such image, or a pair has more than one size.
     """
 
-    def __init__(self, folder: Path, cache_dir: Path | None, num_classes: int = 1):
-        self.folder, self.cache_dir, self.num_classes = folder, cache_dir, num_classes
-        self._names = np.array(find_pairs(*(folder / part for part in PARTS)))  # str (pairs, 3)
-        files = ((part, name) for names in self._names for part, name in zip(PARTS, names, strict=True))
-        stats = (os.stat(f"{folder}/{part}/{name}") for part, name in files)
+    def __init__(
+        self, folder: Path, cache_dir: Path | None, num_classes: int = 1, ignore: int | None = None,
+        folders: Sequence[str] = FOLDERS,
+    ):  # fmt: skip
+        self.folder, self.cache_dir, self.num_classes, self.ignore = folder, cache_dir, num_classes, ignore
+        self.folders = tuple(folders)
+        self._names = np.array(self._find())  # str (pairs, 3)
+        files = ((part, name) for names in self._names for part, name in zip(self.folders, names, strict=True))
+        stats = (os.stat(f"{self.folder}/{part}/{name}") for part, name in files)
         stats = np.fromiter(((stat.st_size, stat.st_mtime_ns) for stat in stats), np.dtype((np.int64, 2)))
-        self._stats = stats.reshape(-1, len(PARTS), 2)  # bytes, nanoseconds
-        self._root = str(folder.resolve())
+        self._stats = stats.reshape(-1, len(self.folders), 2)  # bytes, nanoseconds
+        self._root = str(self.folder.resolve())
         if cache_dir is None:
-            self.sizes = self._checked()
-            return
-        try:
-            os.makedirs(cache_dir, exist_ok=True)
-            self._fill_cache()
-        except OSError as error:
-            raise DataError(f"CACHE_DIR={cache_dir}: can't be filled ({error}); None does without") from error
+            self.facts = self._checked()
+        else:
+            try:
+                os.makedirs(cache_dir, exist_ok=True)
+                self._fill_cache()
+            except OSError as error:
+                raise DataError(f"CACHE_DIR={cache_dir}: can't be filled ({error}); None does without") from error
+        self.sizes = self.facts[:, :2]
+        for kind, reading in enumerate(ODD[1:], 1):
+            if (odd := np.flatnonzero(self.facts[:, 3] == kind)).size:
+                say_once(f"{folder}: {odd.size} of {len(self)} masks {reading} (the first is {self.paths(odd[0])[2]})")
 
     def __len__(self) -> int:
         return len(self._names)
 
+    def _find(self) -> list[tuple[str, ...]]:
+        """The names of the pairs; of those in train, where there is no val beside it, a tenth is val."""
+        train, split = self.folder.with_name("train"), self.folder.name
+        if split not in ("train", "val") or self.folder.with_name("val").is_dir() or not train.is_dir():
+            return find_pairs(*(self.folder / part for part in self.folders))
+        names = find_pairs(*(train / part for part in self.folders))
+        held_out = set(sorted(names, key=lambda files: _digits(files[0].encode()))[: -(-len(names) // 10)])
+        if len(names) == 1:
+            if split == "val":
+                raise DataError(f"{self.folder}: no such folder, and train holds one pair alone: add val")
+            return names
+        say_once(f"{train.parent}: no val in it; {len(held_out)} of train's {len(names)} pairs, chosen by their names, "
+                 "serve for validation instead of training")  # fmt: skip
+        self.folder = train
+        return [files for files in names if (files in held_out) == (split == "val")]
+
     def paths(self, pair: int) -> tuple[Path, ...]:
         """The three files of a pair."""
-        return tuple(self.folder / part / name for part, name in zip(PARTS, self._names[pair], strict=True))
+        return tuple(self.folder / part / name for part, name in zip(self.folders, self._names[pair], strict=True))
 
     def load(self, pair: int) -> np.ndarray:
-        """uint8 (H, W, 7): three bands before, three after, the mask's classes; of a cached one only what is used."""
+        """uint8 (H, W, 7): three bands before, three after, the label; of a cached one only what is used."""
         if self.cache_dir is None:
-            return self._decode(pair)
+            return self._decode(pair)[0]
         try:
             return np.load(self._cached(pair), mmap_mode="r")
         except (OSError, ValueError, EOFError):  # gone or damaged since it was filled
@@ -296,64 +349,80 @@ class Pairs:
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change when a file is added, removed, renamed or changes its size."""
         rows = zip(self._names.tolist(), self._stats[..., 0].tolist(), strict=True)
-        files = [file for names, sizes in rows for file in zip(PARTS, names, sizes, strict=True)]
+        files = [file for names, sizes in rows for file in zip(self.folders, names, sizes, strict=True)]
         return _digits("".join(f"{part}/{name} {size}\n" for part, name, size in files).encode())
 
     def _fill_cache(self) -> None:
         """Check and decode what hasn't been yet, and drop what was made of files as they were before."""
-        state = _digits(self._names.tobytes() + self._stats.tobytes() + bytes([self.num_classes]))
+        state = _digits(self._names.tobytes() + self._stats.tobytes() + repr([self.num_classes, self.ignore]).encode())
         done = self.cache_dir / f"{_digits(self._root.encode())}-{state}.npy"
         with contextlib.suppress(OSError, ValueError, EOFError):
-            self.sizes = np.load(done)
+            self.facts = np.load(done)
             return
-        self.sizes = self._checked()
-        names = [self._cached(pair).name for pair in range(len(self))]
-        present = set(os.listdir(self.cache_dir))
-        self._each(self._decode_into_cache, [i for i, name in enumerate(names) if name not in present], "decoding")
+        self._each(lambda pair: check_headers(self.paths(pair)), range(len(self)), "checking")
+        self.facts = np.array(self._each(self._decode_into_cache, range(len(self)), "decoding"))
         with written_whole(done, "wb") as file:
-            np.save(file, self.sizes)
-        ours = {name.partition("-")[0] for name in (done.name, *names)}
-        for name in present.difference(names, [done.name]):
-            if name.endswith(".npy") and name.partition("-")[0] in ours:
+            np.save(file, self.facts)
+        names = {done.name, *(self._cached(pair).name for pair in range(len(self)))}
+        ours = {name.partition("-")[0] for name in names}
+        for name in os.listdir(self.cache_dir):
+            if name.endswith(".npy") and name.partition("-")[0] in ours and name not in names:
                 (self.cache_dir / name).unlink(missing_ok=True)
 
     def _checked(self) -> np.ndarray:
-        return np.array(self._each(lambda pair: check_headers(self.paths(pair)), range(len(self)), "checking"))
+        def check(pair: int) -> tuple[int, ...]:
+            size, (label, odd) = check_headers(self.paths(pair)), self._read_mask(pair)
+            return *size, np.count_nonzero(label % IGNORED), odd
+
+        return np.array(self._each(check, range(len(self)), "checking"))
 
     def _each(self, work: Callable[[int], object], pairs: Sequence[int], verb: str) -> list:
-        with ThreadPool(os.cpu_count()) as pool:
-            done, bar = pool.imap(work, pairs, chunksize=4), {"leave": False, "disable": None, "delay": 1}
-            return list(tqdm(done, f"{verb} {self.folder}", len(pairs), unit="pair", **bar))
+        with ThreadPool(usable_cores()) as pool:
+            done = pool.imap(work, pairs, chunksize=4)
+            return list(progress(done, desc=f"{verb} {self.folder}", total=len(pairs), unit="pair", delay=1))
 
     def _cached(self, pair: int) -> Path:
-        files = zip(PARTS, self._names[pair].tolist(), strict=True)
+        files = zip(self.folders, self._names[pair].tolist(), strict=True)
         where = _digits("\n".join(f"{self._root}/{part}/{name}" for part, name in files).encode())
-        state = _digits(repr([self.num_classes, self._stats[pair].tolist()]).encode())
+        state = _digits(repr([self.num_classes, self.ignore, self._stats[pair].tolist()]).encode())
         return self.cache_dir / f"{where}-{state}.npy"
 
-    def _decode_into_cache(self, pair: int) -> None:
+    def _decode_into_cache(self, pair: int) -> tuple[int, ...]:
+        """Its facts."""
+        array, odd = self._decode(pair)
         with written_whole(self._cached(pair), "wb") as file:
-            np.save(file, self._decode(pair))
+            np.save(file, array)
+        return *array.shape[:2], np.count_nonzero(array[..., 6] % IGNORED), odd
 
-    def _decode(self, pair: int) -> np.ndarray:
-        path_a, path_b, path_label = self.paths(pair)
-        return np.dstack([read_rgb(path_a), read_rgb(path_b), read_mask(path_label, self.num_classes)])
+    def _decode(self, pair: int) -> tuple[np.ndarray, int]:
+        """(H, W, 7), and in which way the mask is odd."""
+        (image_a, void_a), (image_b, void_b) = map(read_image, self.paths(pair)[:2])
+        label, odd = self._read_mask(pair)
+        for void in (void_a, void_b):
+            if void is not None:
+                label[void] = IGNORED
+        return np.dstack([image_a, image_b, label]), odd
+
+    def _read_mask(self, pair: int) -> tuple[np.ndarray, int]:
+        return read_mask(self.paths(pair)[2], self.num_classes, self.ignore)
 
 
 def find_pairs(*folders: Path) -> list[tuple[str, ...]]:
-    """Names of the files that share a stem, one a folder, in the order of the stems; DataError where one is missing."""
+    """Names of the files that share a stem, one a folder, in the order of the stems; DataError where one is missing.
+
+    A name is a file's path below its folder. Composed and decomposed letters (Unicode's NFC and NFD) are one.
+    """
     found: list[dict[str, str]] = []
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; a split holds A, B and label (see data/README.md)")
+            names = ", ".join(each.name for each in folders)
+            raise DataError(f"{folder}: no such folder; looked for are {names} (see data/README.md, and FOLDERS)")
         files: dict[str, str] = {}
-        for entry in os.scandir(folder):
-            stem, suffix = os.path.splitext(entry.name)
-            if suffix.lower() not in SUFFIXES or entry.name.startswith(".") or not entry.is_file():
-                continue
+        for name in _images_below(folder):
+            stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])
             if stem in files:
-                raise DataError(f"{entry.path}: a second file beside {files[stem]} for one pair; remove one")
-            files[stem] = entry.name
+                raise DataError(f"{folder / name}: a second file beside {files[stem]} for one pair; remove one")
+            files[stem] = name
         found.append(files)
     stems = sorted(set().union(*found))
     if not stems:
@@ -364,6 +433,17 @@ def find_pairs(*folders: Path) -> list[tuple[str, ...]]:
                 there = next(Path(at, other[stem]) for at, other in zip(folders, found, strict=True) if stem in other)
                 raise DataError(f"{there}: no file of that name in {folder}; add it or remove this one")
     return [tuple(files[stem] for files in found) for stem in stems]
+
+
+def _images_below(folder: Path, below: str = "") -> Iterator[str]:
+    """Names of the images in a folder and in those below it, but for hidden ones."""
+    for entry in os.scandir(folder / below):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _images_below(folder, f"{below}{entry.name}/")
+        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
+            yield below + entry.name
 
 
 def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
@@ -380,45 +460,123 @@ def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
     return sizes[0]
 
 
-def read_rgb(path: Path, mask: bool = False) -> np.ndarray:
-    """uint8 (H, W, 3) of an 8-bit image without transparency; of a grey one only if it is a mask.
+def read_rgb(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3) of an image; DataError as `read_image`."""
+    return read_image(path)[0]
+
+
+def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """An 8-bit image, and where it is void: transparent, masked, or of its tag's "no data" in all three bands.
+
+    Returns:
+        uint8 (H, W, 3); bool (H, W), None where nothing is void.
 
     Raises:
-        DataError: not such an image, damaged, or larger than `MAX_PIXELS`.
+        DataError: not such an image, damaged, larger than `MAX_PIXELS`, void all over, or half transparent.
     """
-    with _open(path, mask) as image:
+    with _open(path) as image:
         try:
-            if image.has_transparency_data:
-                if image.convert("RGBA").getextrema()[3][0] < 255:
-                    raise DataError(f"{path}: partly transparent; flatten it to RGB (or keep bands 1 to 3 alone)")
-            return np.array(image.convert("RGB"))
-        except DataError:
-            raise
+            void = _void(path, image)
+            alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
+            rgb = np.array(image.convert("RGB"))
         except Exception as error:
             raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
+        if (no_data := _no_data(image)) is not None:
+            void = void | (rgb == no_data).all(-1) if void is not None else (rgb == no_data).all(-1)
+    if alpha is not None and ((alpha > 0) & (alpha < 255)).any():
+        raise DataError(f"{path}: partly transparent: a pixel is void or it isn't; flatten it to RGB")
+    if alpha is not None:
+        void = alpha == 0 if void is None else void | (alpha == 0)
+    if void is not None and void.all():
+        raise DataError(f"{path}: void all over: transparent, masked or of the value that its tag calls no data")
+    return rgb, void if void is not None and void.any() else None
 
 
-def read_mask(path: Path, num_classes: int = 1) -> np.ndarray:
-    """uint8 (H, W) in {0, …, num_classes} of a mask of these values or, of one class, of 0 and 255.
+def _no_data(image: Image.Image) -> int | None:
+    """The value that GDAL's tag calls no data, where a pixel of 8 bits can have it."""
+    value = getattr(image, "tag_v2", {}).get(NO_DATA)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        value = float(value.strip(" \0") if isinstance(value, str) else value)
+        return int(value) if value in range(256) else None
+    return None
+
+
+# What may be odd about a mask, and how it is read then.
+ODD = (
+    "", "hold other values than 0 and 255: from 128 on it is change", "are coloured: what isn't black is change",
+    "have more than 8 bits: their highest value is change",
+)  # fmt: skip
+NEAR = 32  # a value of a mask is so near to 0 or to 255, but for a few along edges
+
+
+def read_mask(path: Path, num_classes: int = 1, ignore: int | None = None) -> tuple[np.ndarray, int]:
+    """A mask of the values 0 to `num_classes` or, of one class, of 0 and 255 or what comes near.
+
+    Returns:
+        uint8 (H, W) in {0, …, num_classes} or `IGNORED`; in which way it is odd, an index of `ODD`.
 
     Raises:
-        DataError: as `read_rgb`, or the mask holds other values.
+        DataError: as `read_image`, or it is no mask, or can be read in two ways.
     """
-    rgb = read_rgb(path, mask=True)
-    mask = rgb[..., 0]
-    grey, binary = (rgb == mask[..., None]).all(), not np.bincount(mask.ravel(), minlength=256)[1:255].any()
-    if num_classes == 1 and grey and binary:
-        return (mask > 0).astype(np.uint8)
-    with _open(path, mask=True) as image:  # a palette may show the classes in any colours
-        mask, grey = (np.array(image), True) if image.mode == "P" else (mask, grey)
-    if not grey or mask.max() > num_classes:
-        values = np.unique(mask)
-        shown = ", ".join(map(str, values[:6])) + (", …" if len(values) > 6 else "")
+    values, odd = _mask_values(path, num_classes)
+    ignored = values == (-1 if ignore is None else ignore)
+    counts = np.bincount(values[~ignored], minlength=256)
+    present = np.flatnonzero(counts).tolist()
+    highest, below = max(present, default=0), [value for value in present[:-1] if value]
+    # Other values than the two are the traces of an edge or of a JPEG if they are near these and on both sides.
+    is_near = counts[NEAR : 256 - NEAR].sum() < 0.05 * values.size and highest > 127
+    if highest <= num_classes:
+        label = values.copy()
+    elif num_classes == 1 and highest > 127 and not below:
+        label, odd = (values == highest).astype(np.uint8), odd or int(highest < 255)
+    elif num_classes == 1 and is_near and any(value > 127 for value in below):
+        label, odd = (values > 127).astype(np.uint8), odd or 1
+    else:
         meant = "0 and 255 (or 0 and 1)" if num_classes == 1 else f"0 to {num_classes}"
+        shown = ", ".join(map(str, present[:6])) + (", …" if len(present) > 6 else "")
+        two = highest == 255 and max(below, default=0) < 128
+        advice = "give IGNORE=255 if 255 is not to be looked at, else mend the mask" if two else "save it as PNG"
         raise DataError(
-            f"{path}: a mask holds {meant} alone where NUM_CLASSES={num_classes}, this one {shown}; save it as PNG"
+            f"{path}: a mask holds {meant} alone where NUM_CLASSES={num_classes}, this one {shown}; {advice}"
         )
-    return mask
+    label[ignored] = IGNORED
+    return label, odd
+
+
+def _mask_values(path: Path, num_classes: int) -> tuple[np.ndarray, int]:
+    """One number a pixel, uint8 (H, W), of a mask in greys, colours, a palette or many bits; its way of being odd."""
+    with _open(path, mask=True) as image:
+        try:
+            see_through = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+            paletted, pixels = image.mode == "P", np.array(image)
+            colours = np.array(image.convert("RGB")) if paletted or pixels.ndim > 2 else None
+        except Exception as error:
+            raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
+    if see_through:
+        raise DataError(f"{path}: partly transparent; a mask is opaque")
+    if colours is None and pixels.dtype in (np.uint8, bool):
+        return pixels.astype(np.uint8), 0
+    if colours is None:
+        least, most = pixels.min(), pixels.max()
+        if not (least >= 0 and np.isfinite(most)):
+            raise DataError(f"{path}: a mask holds no negative values, this one {least} to {most}")
+        if most < 256 and (pixels == np.floor(pixels)).all():
+            return pixels.astype(np.uint8), 0
+        return (pixels / most * 255).round().astype(np.uint8), 3
+    black = ~colours.any(-1)
+    if paletted and (num_classes > 1 or (pixels.max() < 2 and not black.any())):
+        return pixels, 0  # numbers, in whatever colours they are shown
+    values = (colours.max(-1) > 0) * np.uint8(255) if paletted else colours.max(-1)
+    if (colours == colours[..., :1]).all():
+        return (values if not paletted or colours.max() != 1 else colours[..., 0]), 0
+    hues = np.unique(colours[values > values.max() - NEAR] > (0 if paletted else 127), axis=0)
+    if num_classes > 1 or len(hues) != 1 or not black.any():
+        raise DataError(f"{path}: a mask holds 0 and 255, or one colour on black, not {len(hues)} colours")
+    return values, 0 if hues.all() else 2
+
+
+NO_DATA, SUBFILE, PHOTOMETRIC = 42113, 254, 262  # TIFF's tags
+RGB_PAGE, GREY_PAGE, MASK_PAGE = 2, 1, 4  # values of these
 
 
 def _open(path: Path, mask: bool = False) -> Image.Image:
@@ -426,8 +584,19 @@ def _open(path: Path, mask: bool = False) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow itself refuses
     try:
         image = Image.open(path)
-        complaint = _complaint(image, mask)
+    except Image.UnidentifiedImageError as error:
+        image = _repaired_tiff(path)
+        if image is None:
+            kind = "no image that can be read" if Path(path).stat().st_size else "empty"
+            raise DataError(
+                f"{path}: can't be read as an image of one band or three ({kind}); replace it, or make it "
+                f"readable by gdal_translate -ot Byte -b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"
+            ) from error
     except Exception as error:  # what Pillow's readers meet in a broken file, they raise
+        raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
+    try:
+        complaint = _complaint(image, mask)
+    except Exception as error:
         raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
     if complaint:
         image.close()
@@ -435,23 +604,83 @@ def _open(path: Path, mask: bool = False) -> Image.Image:
     return image
 
 
+def _directories(data: bytes) -> list[tuple[int, dict[int, int]]]:
+    """A TIFF's directories: where each begins, and by tag where its value stands; [] for another file."""
+    order = {b"II": "<", b"MM": ">"}.get(bytes(data[:2]))
+    if order is None:
+        return []
+    number, entry, pointer, start = ("Q", 20, "Q", 8) if data[2:4] in (b"+\0", b"\0+") else ("H", 12, "I", 4)
+    found, at = [], start
+    while (place := struct.unpack_from(order + pointer, data, at)[0]) and place not in [each for each, _ in found]:
+        count = struct.unpack_from(order + number, data, place)[0]
+        first = place + struct.calcsize(number)
+        entries = range(first, first + count * entry, entry)
+        found.append(
+            (place, {struct.unpack_from(order + "H", data, each)[0]: each + (entry + 4) // 2 for each in entries})
+        )
+        at = first + count * entry
+    return found
+
+
+def _page(data: bytes, place: int, photometric: int, at: int) -> Image.Image:
+    """The image of a TIFF's directory, with another photometric interpretation than it says."""
+    order, big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
+    data = bytearray(data)
+    struct.pack_into(order + ("Q" if big else "I"), data, 8 if big else 4, place)
+    struct.pack_into(order + "H", data, at, photometric)
+    return Image.open(BytesIO(data))
+
+
+def _repaired_tiff(path: Path) -> Image.Image | None:
+    """A TIFF of three bands or four that calls itself grey, as GDAL writes them unless told otherwise, as RGB."""
+    with contextlib.suppress(OSError, struct.error, LookupError, Image.UnidentifiedImageError):
+        data = Path(path).read_bytes()
+        place, tags = _directories(data)[0]
+        return _page(data, place, RGB_PAGE, tags[PHOTOMETRIC])
+    return None
+
+
+def _void(path: Path, image: Image.Image) -> np.ndarray | None:
+    """Where a TIFF's own mask, a page of one bit, calls it void."""
+    if image.format != "TIFF" or image.n_frames == 1:
+        return None
+    data = Path(path).read_bytes()
+    for place, tags in _directories(data)[1:]:
+        order = "little" if data[:2] == b"II" else "big"
+        subfile = int.from_bytes(data[tags[SUBFILE] : tags[SUBFILE] + 4], order) if SUBFILE in tags else 0
+        if subfile == MASK_PAGE:
+            with _page(data, place, GREY_PAGE, tags[PHOTOMETRIC]) as page:
+                return np.asarray(page.convert("L")) == 0
+    return None
+
+
+def _pages(image: Image.Image) -> int:
+    """How many pages of a file are images of full size; the others are a TIFF's overviews and masks."""
+    count, size = 0, image.size
+    for page in range(getattr(image, "n_frames", 1)):
+        with contextlib.suppress(OSError, SyntaxError, KeyError):  # pages of kinds that Pillow doesn't know
+            image.seek(page)
+            count += image.size == size and getattr(image, "tag_v2", {}).get(SUBFILE, 0) == 0
+    image.seek(0)
+    return count
+
+
 def _complaint(image: Image.Image, mask: bool) -> str | None:
     """Why an image is of no use, from its header."""
     if image.width * image.height > MAX_PIXELS:
-        return f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; cut it"
+        return f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; cut it, or raise --max-pixels"
     exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else it would decode the PNG
     if exif.get(ExifTags.Base.Orientation, 1) != 1:  # viewers turn it, and so does who labels it
         return "turned by its orientation tag; save it upright, without the tag"
-    if getattr(image, "n_frames", 1) > 1:
-        pages = [image.seek(page) or image.size for page in range(image.n_frames)]
-        image.seek(0)
-        if pages.count(pages[0]) > 1:  # else the others are its overviews
-            return f"{len(pages)} pages; save the one that is meant"
+    if getattr(image, "n_frames", 1) > 1 and (pages := _pages(image)) > 1:
+        return f"{pages} pages; save the one that is meant"
     raw_mode = image.tile[0].args if image.tile else ""
-    raw_mode = raw_mode if isinstance(raw_mode, str) else raw_mode[0]
-    if ";16" in raw_mode or image.mode[0] in "IF":  # Pillow drops the low byte of 16-bit colour in silence
-        return f"more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB"
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+    raw_mode = raw_mode if isinstance(raw_mode, str) else str(raw_mode[0])
+    deep = ";16" in raw_mode or image.mode[0] in "IF"
+    if deep and not (mask and image.mode[0] in "IF"):  # Pillow drops the low byte of 16-bit colour in silence
+        return (f"more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB: "
+                "gdal_translate -ot Byte -scale")  # fmt: skip
+    if not deep and image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"):
         return f"colour mode {image.mode}; convert it to 8-bit RGB"
     if image.mode in ("1", "L", "LA") and not mask:
         return "one band, grey; an image needs three, red, green and blue"
@@ -461,13 +690,47 @@ def _complaint(image: Image.Image, mask: bool) -> str | None:
 def as_tensor(image: ImageLike) -> Tensor:
     """(3, H, W), uint8 or float, of an image however it is given; DataError where it is something else."""
     if isinstance(image, str | os.PathLike):
-        image = read_rgb(Path(image))
+        image = read_rgb(Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
         image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
     kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
     if not torch.is_tensor(image) or not re.match(r"torch\.(uint8|float\d*) \(3, \d+, \d+\)", kind):
-        raise DataError(f"an image is a file, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W), not {kind}")
+        raise DataError(
+            f"an image is a file, a PIL image, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W), not {kind}"
+        )
+    if image.dtype != torch.uint8 and not -1e-3 <= image.min() <= image.max() <= 1.001:
+        raise DataError(f"a float image is in 0..1, not {image.min():.3g} to {image.max():.3g}: divide it by 255")
     return image if image.dtype == torch.uint8 else image.float()
+
+
+_said: set[str] = set()
+
+
+def say_once(line: str) -> None:
+    """Print a line, however often a split is read and however many processes read it."""
+    if line not in _said and os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+    _said.add(line)
+
+
+class Lines:
+    """Where a bar is drawn that no terminal shows: each state of it becomes a line of its own."""
+
+    def __init__(self, file: IO):
+        self.write = lambda text: file.write(text.strip() + "\n") if text.strip() else 0
+        self.flush = file.flush
+
+
+def progress(iterable: Iterable | None = None, **options: object) -> tqdm:
+    """A bar in a terminal; elsewhere, such as in a log, a line a minute; of the first process alone."""
+    options["disable"] = os.environ.get("RANK", "0") != "0"
+    if sys.stderr.isatty():
+        return tqdm(iterable, leave=False, **options)
+    return tqdm(
+        iterable, leave=False, file=Lines(sys.stderr), **options | {"delay": 60, "mininterval": 60, "miniters": 1}
+    )
 
 
 def size_text(size: tuple[int, int]) -> str:
@@ -488,7 +751,8 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs draw into images/
     try:
-        with open(part, mode, newline=None if "b" in mode else "") as file:
+        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+        with open(part, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import all_reduce  # which passes gradients
 
+IGNORED = 255  # of a label, as in dataset.py
+
 
 class CombinedIoULoss(nn.Module):
     """alpha · cross-entropy + (1 − alpha) · (1 − soft IoU).
@@ -33,12 +35,14 @@ class CombinedIoULoss(nn.Module):
 
         Args:
             logits: (N, K, H, W), any float dtype.
-            label: (N, 1, H, W) in {0, …, K}, any dtype.
+            label: (N, 1, H, W) in {0, …, K}, any dtype; pixels of 255 count nowhere.
         """
         log_p = F.pad(logits.float(), (0, 0, 0, 0, 1, 0)).log_softmax(1)  # (N, 1 + K, H, W)
-        cross_entropy = F.nll_loss(log_p, label[:, 0].long(), reduction="none").sum()  # "sum" isn't deterministic
-        p, y = log_p[:, 1:].exp(), label == torch.arange(1, log_p.shape[1], device=label.device).view(-1, 1, 1)
-        pixels = torch.full_like(cross_entropy, label.numel())
+        counted = label != IGNORED  # (N, 1, H, W)
+        cross_entropy = F.nll_loss(log_p, label[:, 0].long(), ignore_index=IGNORED, reduction="none").sum()
+        p = log_p[:, 1:].exp() * counted  # reduction="sum" would not be deterministic
+        y = label == torch.arange(1, log_p.shape[1], device=label.device).view(-1, 1, 1)
+        pixels = counted.sum().to(p.dtype).clamp(min=1)
         sums = torch.stack([cross_entropy, pixels, *(p * y).sum((0, 2, 3)), *(p + y.float()).sum((0, 2, 3))])
         # Under torchrun each process trains on a share of the batch, but is scored on batches of its own.
         if distributed.is_initialized() and logits.requires_grad:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from dataset import written_whole
 
+IGNORED = 255  # of a label, as in dataset.py
 STEP, MOST = 20, 160  # thresholds a unit of the logit, and how many there are on either side of 0
 
 
@@ -62,16 +63,17 @@ class ChangeMetrics:
 
         Args:
             logits: float (N, K, H, W), as in `CombinedIoULoss`; NaN counts as below all thresholds.
-            label: (N, 1, H, W) in {0, …, K}, on the same device.
+            label: (N, 1, H, W) in {0, …, K}, on the same device; pixels of 255 count nowhere.
         """
         logits = logits.detach().float().nan_to_num(nan=-torch.inf)
         change, kind = logits, 0
         if self.num_classes > 1:
             change, kind = logits.logsumexp(1, keepdim=True), logits.argmax(1, keepdim=True)
         passed = (change * STEP).ceil_().clamp_(-MOST, MOST + 1).add_(MOST).long()
-        cells = ((kind * (1 + self.num_classes) + label.long()) * (len(self.LOGITS) + 1) + passed).flatten()
+        counted, label = (label != IGNORED).long(), label.long()
+        cells = (kind * (1 + self.num_classes) + label * counted) * (len(self.LOGITS) + 1) + passed
         self._counts = self._counts.to(logits.device)
-        self._counts.view(-1).index_add_(0, cells, torch.ones_like(cells))
+        self._counts.view(-1).index_add_(0, cells.flatten(), counted.flatten())
 
     def compute(self, threshold: float = 0.5) -> dict[str, float]:
         """The scores as plain floats in 0..1; one host sync.

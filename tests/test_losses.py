@@ -78,3 +78,22 @@ def test_float32_under_autocast():
         loss = CombinedIoULoss(0.0)(logits, label)
     assert loss.dtype == torch.float32  # in bfloat16 a sum of 90,000 ones stops at 256
     assert loss.item() == pytest.approx(by_numpy(np.full((1, 90000), 2.0), np.ones(90000), 0.0), rel=1e-4)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_ignored_pixels_count_nowhere(classes):
+    rng = np.random.default_rng(1)
+    logits, label = rng.normal(size=(classes, 40)), rng.integers(0, 1 + classes, 40)
+    ignored = rng.random(40) < 0.4
+    given = torch.tensor(logits.reshape(1, classes, 5, 8), requires_grad=True)
+    loss = CombinedIoULoss(0.3)(given, torch.tensor(np.where(ignored, 255, label).reshape(1, 1, 5, 8)))
+    loss.backward()
+    assert loss.item() == pytest.approx(by_numpy(logits[:, ~ignored], label[~ignored], 0.3), rel=1e-5)
+    pulled = given.grad.reshape(classes, 40).abs().sum(0).numpy() > 0
+    assert not pulled[ignored].any() and pulled[~ignored].all()
+
+
+def test_a_batch_of_ignored_pixels_alone_teaches_nothing():
+    logits = torch.randn(1, 1, 4, 4, requires_grad=True)
+    CombinedIoULoss()(logits, torch.full((1, 1, 4, 4), 255)).backward()
+    assert not logits.grad.any()

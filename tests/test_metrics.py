@@ -84,6 +84,21 @@ def test_probabilities_give_their_logits_back():
     assert as_logits(torch.tensor([[0.25, 1.0]]))[0, 0, 0] == pytest.approx([-1.0986, 18.42], abs=1e-3)
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_ignored_pixels_count_nowhere(classes):
+    rng = np.random.default_rng(0)
+    label, logits = (
+        rng.integers(0, 1 + classes, (1, 1, 16, 16)),
+        torch.from_numpy(rng.normal(size=(1, classes, 16, 16))),
+    )
+    ignored, metrics = rng.random((1, 1, 16, 16)) < 0.3, ChangeMetrics(classes)
+    metrics.update(logits, torch.from_numpy(np.where(ignored, 255, label)).byte())
+    guess = np.where(logits.logsumexp(1).numpy() > 0, 1 + logits.argmax(1).numpy(), 0)
+    truth, guess = label[~ignored], guess[:, None][~ignored]
+    assert metrics.compute()["mean_iou"] == pytest.approx(sk.jaccard_score(truth, guess, average="macro"))
+    assert metrics.compute()["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess))
+
+
 def test_reset_forgets():
     metrics = ChangeMetrics()
     metrics.update(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
