@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # they end it as they end others, after what must be told and closed
+        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    sys.stdout.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
+    sys.stderr.reconfigure(errors="replace")
+
 import ast
 import contextlib
 import csv
@@ -9,13 +18,12 @@ import datetime
 import difflib
 import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
 import platform
-import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -28,9 +36,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from dataset import LEVIRCD, DataError, color_jitter, make_loader, written_whole
+from dataset import (
+    IGNORED,
+    LEVIRCD,
+    SUFFIXES,
+    DataError,
+    color_jitter,
+    make_loader,
+    progress,
+    usable_cores,
+    written_whole,
+)
 from losses import CombinedIoULoss
 from metrics import ChangeMetrics, ScoreLog, as_logits, as_table
 from model import FusionUNet, ModelError, explanation, has_bfloat16, make_optimizers, pick_device, read_checkpoint, save
@@ -38,8 +55,10 @@ from visualize import plot_curves, plot_precision_recall, plot_predictions
 
 # DATA
 DATA_DIR: str = "data"  # holds train, val and, if there is one, test; a demo stands in for a missing data/train
+FOLDERS: str = "A B label"  # of a split: images before, images after, masks; CDD "A B OUT", SYSU-CD "time1 time2 label"
 CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
 NUM_CLASSES: int = 1  # of change; 1: masks hold 0 and 255; more: 0 to this number, and the order of the dates counts
+IGNORE: int | None = None  # mask value of pixels that are neither trained on nor scored; None: there is none
 CROP_SIZE: int | None = 256  # pixels, a side, in training and in validation; None: whole images
 BRIGHTNESS: float = 0.1  # colour jitter, drawn for each image: factor 1 ± this; 0: off
 CONTRAST: float = 0.1  # likewise
@@ -48,7 +67,7 @@ HUE: float = 0.01  # likewise, as ± a share of the colour circle, up to 0.5; 0:
 
 # MODEL
 BACKBONE: str = "resnet50"  # torchvision's name: "resnet18", "convnext_tiny", "swin_t" or others with four strides
-WEIGHTS: str | None = "IMAGENET1K_V1"  # the backbone's in torchvision, fetched once (98 MB); None: untrained
+WEIGHTS: str | None = "IMAGENET1K_V1"  # torchvision's, fetched once (98 MB); a file of them; a run's best.pt; None
 FREEZE_BACKBONE: bool = True  # False trains the backbone too: 26 M parameters instead of 2.5 M
 
 # OPTIMISATION
@@ -75,14 +94,15 @@ SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores
 # What each constant may be: its type, the least and the most of a number, and None where that means something.
 LARGEST = sys.maxsize
 ALLOWED = {
-    (str,): "DATA_DIR BACKBONE SPLIT",
+    (str,): "DATA_DIR FOLDERS BACKBONE SPLIT",
     (str, None): "CACHE_DIR WEIGHTS DEVICE RESUME RUN_NAME EVALUATE",
     (bool,): "FREEZE_BACKBONE AMP COMPILE DETERMINISTIC",
     (int, 0, LARGEST): "SEED",
     (int, 0, LARGEST, None): "NUM_WORKERS",
     (int, 1, LARGEST): "BATCH_SIZE EPOCHS",
     (int, 1, LARGEST, None): "CROP_SIZE",
-    (int, 1, 255): "NUM_CLASSES",
+    (int, 1, 254): "NUM_CLASSES",
+    (int, 0, 255, None): "IGNORE",
     (float, 0, LARGEST): "LEARNING_RATE WEIGHT_DECAY WARMUP_EPOCHS CLIP_NORM",
     (float, 0, 1): "BRIGHTNESS CONTRAST SATURATION ALPHA",
     (float, 0, 0.5): "HUE",
@@ -98,8 +118,13 @@ DEMO = {
 # What may change when a run goes on; anything else would make it another experiment.
 CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
 
+# What a checkpoint is scored with unless other values are given: as it was trained.
+OF_THE_DATA = ("DATA_DIR", "FOLDERS", "CACHE_DIR", "NUM_CLASSES", "IGNORE", "CROP_SIZE")
+
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
+SETTLED_AFTER = 200  # steps; until then BatchNorm's statistics are taken anew before each validation
+BATCH_NORMS = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
 def main(**overrides: object) -> dict[str, float]:
@@ -124,6 +149,7 @@ def main(**overrides: object) -> dict[str, float]:
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
         torch.use_deterministic_algorithms(config.DETERMINISTIC)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         torch.manual_seed(config.SEED)
         if config.EVALUATE is not None:
             one_at_a_time.close()
@@ -135,7 +161,10 @@ def main(**overrides: object) -> dict[str, float]:
             model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE)
             model.to(device, memory_format=torch.channels_last)
         crop_sizes = {"train": config.CROP_SIZE, "val": config.CROP_SIZE, "test": PROTOCOL_CROP}
-        if not Path(config.DATA_DIR, "test").is_dir():
+        if not (test := Path(config.DATA_DIR, "test")).is_dir():
+            del crop_sizes["test"]
+        elif not any(test.joinpath(config.FOLDERS.split()[2]).glob("*")):
+            say(f"{test}: no masks in it, so there is nothing to score")
             del crop_sizes["test"]
         loaders = {split: load(config, device, split, crop_size) for split, crop_size in crop_sizes.items()}
         record = describe(config, began, device, loaders)
@@ -157,8 +186,13 @@ def train_and_score(
     """Train up to EPOCHS, then draw and score the best epoch's model; returns the scores."""
     sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
     several = f"{world()} × " if world() > 1 else ""
-    say(f"{log.folder}: {sizes} items of {config.DATA_DIR} on {several}{log.record['device']}")
+    say(f"{log.folder.resolve()}: {sizes} items of {config.DATA_DIR} on {several}{log.record['device']}")
     log.send()
+    warn(loaders, config)
+    if config.AMP and not has_bfloat16(model.mean.device):
+        say("AMP: this device doesn't compute in bfloat16 by itself, so it is float32")
+    if last and len(last["rows"]) >= config.EPOCHS:
+        say(f"all {config.EPOCHS} epochs are done; raise EPOCHS to train on")
     scores = train(model, loaders, config, log, last)
     leave_group()
     best = FusionUNet.load(log.folder / "best.pt", model.mean.device)
@@ -170,6 +204,8 @@ def train_and_score(
         file.write(picture.read_bytes())
     if "test" in loaders:
         scores |= score(best, loaders["test"], config, log)
+    if not scores["val_iou"]:
+        say("the best validation IoU is 0: more EPOCHS or pairs, or a smaller BATCH_SIZE, may help")
     say(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
     return scores
 
@@ -196,7 +232,8 @@ def train(
     last_step = len(rows) * len(loader) - 1
     schedulers = [LambdaLR(each, lambda step: warmup_cosine(step, warmup, steps), last_step) for each in optimizers]
     criterion, metrics = CombinedIoULoss(config.ALPHA), ChangeMetrics(config.NUM_CLASSES)
-    best = max(rows, key=lambda row: row["val_iou"], default={"val_iou": -1.0})
+    anything_to_find = loaders["val"].dataset.has_change
+    best = max(rows, key=lambda row: merit(row, anything_to_find), default=None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and has_bfloat16(device))
     began, drawing = time.perf_counter(), 0.0  # seconds
 
@@ -207,9 +244,9 @@ def train(
         model.train()
         metrics.reset()
         loss_sum, pairs = torch.zeros((), device=device), 0
-        with progress(loader, f"epoch {epoch}") as bar:
+        with progress(desc=f"epoch {epoch}", total=len(loader.dataset), unit="pair") as bar:
             for step, batch in enumerate(loader, 1):
-                image_a, image_b, label = (tensor.to(device, non_blocking=True) for tensor in batch)
+                image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
                 image_a, image_b = color_jitter(image_a, *jitter), color_jitter(image_b, *jitter)
                 with autocast:
                     logits = parallel(image_a, image_b)
@@ -234,12 +271,14 @@ def train(
         row = {"loss": mean_loss, **metrics.compute()}
         row = prefixed("train", row | {"pairs_per_second": world() * pairs / (time.perf_counter() - start)})
 
+        if epoch * len(loader) <= SETTLED_AFTER:
+            settle(model, loader, jitter, autocast)
         val, counts = evaluate(model, loaders["val"], config, "validation", config.AMP)
         model.threshold = counts.best_threshold()
         row |= prefixed("val", val) | {"learning_rate": learning_rate}
         if device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        is_best = row["val_iou"] > best["val_iou"]
+        is_best = best is None or merit(row, anything_to_find) > merit(best, anything_to_find)
         best = row if is_best else best
         if log is None:
             continue
@@ -254,6 +293,8 @@ def train(
         states = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "rows": log.rows}
         save(model.checkpoint(whole=False) | {"epoch": epoch} | states, log.folder / "last.pt")
         log.send()
+        if epoch >= 5 and epoch % 5 == 0 and anything_to_find and not any(each["val_iou"] for each in log.rows[-5:]):
+            say("nothing that changed was found for five epochs: raise ALPHA or LEARNING_RATE, or look at the masks")
         say(
             f"epoch {epoch}/{config.EPOCHS}: train loss {row['train_loss']:.4f}, IoU {row['train_iou']:.4f}; val loss "
             f"{val['loss']:.4f}, IoU {val['iou']:.4f}, Dice {val['dice']:.4f}; {row['train_pairs_per_second']:.1f} "
@@ -281,9 +322,9 @@ def evaluate(
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # BatchNorm's statistics, which differ on CPUs: those that are saved
     model.eval()
-    with progress(loader, name) as bar:
+    with progress(desc=name, total=len(loader.dataset), unit="pair") as bar:
         for batch in loader:
-            image_a, image_b, label = (tensor.to(device, non_blocking=True) for tensor in batch)
+            image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
             with autocast:
                 logits = model(image_a, image_b)
             loss = criterion(logits, label)
@@ -307,8 +348,7 @@ def evaluate_checkpoint(config: SimpleNamespace, began: dict, device: torch.devi
     model = FusionUNet.load(config.EVALUATE, device)
     if (classes := model.head.out_channels) != config.NUM_CLASSES:
         raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: give {classes}, as {config.EVALUATE} has")
-    data = LEVIRCD(config.DATA_DIR, config.SPLIT, PROTOCOL_CROP, False, config.CACHE_DIR, config.NUM_CLASSES)
-    loader = make_loader(data, config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda")
+    loader = load(config, device, config.SPLIT, PROTOCOL_CROP)
     record = describe(config, began, device, {config.SPLIT: loader})
     with run_folder(config, record) as folder, ScoreLog(folder, record) as log:
         return score(model, loader, config, log)
@@ -323,9 +363,11 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
     """
     split, rows, whole = loader.dataset.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
     _, crops = evaluate(model, loader, config, split, amp=False)  # as `predict` computes
-    images = LEVIRCD(config.DATA_DIR, split, cache_dir=config.CACHE_DIR, num_classes=config.NUM_CLASSES)
-    for index in tqdm(range(len(images)), desc=f"{split}, whole images", unit="pair", leave=False, disable=None):
+    images = pairs_of(config, split)
+    for index in progress(range(len(images)), desc=f"{split}, whole images", unit="pair"):
         image_a, image_b, label = images[index]
+        if (label == IGNORED).all():
+            continue
         logits, image = as_logits(model.predict(image_a, image_b)), ChangeMetrics(config.NUM_CLASSES)
         whole.update(logits, label[None])
         image.update(logits, label[None])
@@ -335,7 +377,7 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
         for threshold, tuned in ((0.5, ""), (model.threshold, "tuned_")):
             table[f"{protocol}, above {threshold:.3f}"] = row = metrics.compute(threshold)
             scores |= {f"{prefix}{tuned}{name}": value for name, value in row.items()}
-    say(f"{split} split; {model.threshold:.3f} was the best threshold on validation\n{as_table(table)}")
+    say(f"{config.DATA_DIR}, {split}; {model.threshold:.3f} was the best threshold on validation\n{as_table(table)}")
     scores = prefixed(split, scores)
     log.scores(scores)
     with written_whole(log.folder / f"{split}_metrics.json") as file:
@@ -354,9 +396,53 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
 
 
 def load(config: SimpleNamespace, device: torch.device, split: str, crop_size: int | None) -> DataLoader:
-    """A split's loader, of this process's share; of train of random crops."""
-    data = LEVIRCD(config.DATA_DIR, split, crop_size, split == "train", config.CACHE_DIR, config.NUM_CLASSES)
+    """A split's loader, of this process's share; of train, where it trains, of random crops."""
+    data = pairs_of(config, split, crop_size, augment=split == "train" and config.EVALUATE is None)
     return make_loader(data, config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda", rank(), world())
+
+
+def pairs_of(config: SimpleNamespace, split: str, crop_size: int | None = None, augment: bool = False) -> LEVIRCD:
+    """A split's data set."""
+    how = config.CACHE_DIR, config.NUM_CLASSES, config.IGNORE, config.FOLDERS.split()
+    return LEVIRCD(config.DATA_DIR, split, crop_size, augment, *how)
+
+
+def merit(row: dict[str, float], anything_to_find: bool) -> tuple[float, float]:
+    """By what the best epoch is picked: IoU, of equals the loss; the loss alone where no mask holds change."""
+    return (row["val_iou"] if anything_to_find else 0.0), -row["val_loss"]
+
+
+@torch.no_grad()
+def settle(model: FusionUNet, loader: DataLoader, jitter: tuple, autocast: torch.autocast) -> None:
+    """Take BatchNorm's statistics anew, over up to 20 steps of training crops.
+
+    Early in a training the weights move too fast for running averages to follow, which, with few steps an epoch, are
+    also mostly what they began with.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.weight.requires_grad]
+    momenta = [norm.momentum for norm in norms]
+    model.train()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all steps
+    device = model.mean.device
+    for batch in itertools.islice(loader, 20):
+        image_a, image_b = (image.to(device) for image in batch[:2])
+        with autocast:
+            model(color_jitter(image_a, *jitter), color_jitter(image_b, *jitter))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def warn(loaders: dict[str, DataLoader], config: SimpleNamespace) -> None:
+    """Say what will hold a training back."""
+    steps = len(loaders["train"])
+    for split in ("train", "val"):
+        if not loaders[split].dataset.has_change:
+            so = "there is nothing to learn from" if split == "train" else "the best epoch is picked by the loss"
+            say(f"{config.DATA_DIR}: no mask of {split} holds any change, so {so}")
+    if steps < 10:
+        say(f"BATCH_SIZE={config.BATCH_SIZE} leaves {steps} steps an epoch: lower it, or raise EPOCHS")
 
 
 def warmup_cosine(step: int, warmup: float, steps: int) -> float:
@@ -386,22 +472,44 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         raise OptionError(f"{name}: no such constant{hint} python main.py --help lists them")
     constants = {name: globals().get(name, "") for name in ALLOWED} | overrides
     constants = {name: checked(name, value) for name, value in constants.items()}
-    if (folder := constants["RESUME"]) is not None:
-        began = recorded(folder, {name: constants[name] for name in overrides})
-        constants = constants | began["constants"] | {name: constants[name] for name in overrides}
-    else:
-        splits = {"train", constants["SPLIT"]} if constants["EVALUATE"] else {"train"}
-        there = any(Path(constants["DATA_DIR"], split).is_dir() for split in splits)
-        began = {"demo": constants["DATA_DIR"] == "data" and "DATA_DIR" not in overrides and not there}
-        if (name := constants["RUN_NAME"]) and rank() == 0 and Path("runs", name).exists():
-            raise OptionError(f"RUN_NAME={name}: that folder of runs/ is there already; name another")
-    if constants["EVALUATE"] is None and constants["SPLIT"] != "test":
+    given = {name: constants[name] for name in overrides}
+    folder, checkpoint, began = constants["RESUME"], constants["EVALUATE"], {"demo": False}
+    if folder is not None:
+        began = recorded(folder, given)
+        constants |= began["constants"] | given
+    elif checkpoint is not None and (record := Path(checkpoint).with_name("constants.json")).is_file():
+        trained = json.loads(record.read_text(encoding="utf-8"))  # on what it was trained is known
+        constants |= {name: trained["constants"].get(name, constants[name]) for name in OF_THE_DATA} | given
+        began["demo"] = trained["demo"] and "DATA_DIR" not in given
+    elif "DATA_DIR" not in given and constants["DATA_DIR"] == "data":
+        began["demo"] = not holds_data(constants)
+    if folder is None and (name := constants["RUN_NAME"]) and rank() == 0 and Path("runs", name).exists():
+        raise OptionError(f"RUN_NAME={name}: that folder of runs/ is there already; name another")
+    if checkpoint is None and constants["SPLIT"] != "test":
         raise OptionError(f"SPLIT={constants['SPLIT']}: only together with EVALUATE; a training run scores test")
     if (pairs := constants["BATCH_SIZE"]) % world():
         raise OptionError(f"BATCH_SIZE={pairs}: must be a multiple of the {world()} processes")
-    if began["demo"] and folder is None:
+    if len(constants["FOLDERS"].split()) != 3:
+        raise OptionError(f"FOLDERS={constants['FOLDERS']}: must be three names, as in 'A B label'")
+    if began["demo"] and folder is None and checkpoint is None:
         constants |= use_demo(constants, overrides)
-    return SimpleNamespace(**constants | {"RESUME": folder}), began
+    for name in ("DATA_DIR", "CACHE_DIR", "RESUME", "EVALUATE"):
+        constants[name] = constants[name] and os.path.expanduser(constants[name])
+    return SimpleNamespace(**constants | {"RESUME": folder and os.path.expanduser(folder)}), began
+
+
+def holds_data(constants: dict[str, object]) -> bool:
+    """Whether data/ holds a data set; OptionError where it holds images of another layout, or another data/ does."""
+    if any(Path("data", split).is_dir() for split in {"train", constants["SPLIT"]}):
+        return True
+    for folder in {Path("data").resolve(), Path(__file__).parent / "data"}:
+        for path in folder.rglob("*"):
+            parts = path.relative_to(folder).parts
+            if path.suffix.lower() in SUFFIXES and not parts[0].startswith(("demo", "cache")):
+                looked_for = f"{Path('data', 'train').resolve()}/{{{','.join(constants['FOLDERS'].split())}}}"
+                raise OptionError(f"{path}: images, but not where they are looked for, in {looked_for}: move them, or "
+                                  "give DATA_DIR and FOLDERS (see data/README.md)")  # fmt: skip
+    return False
 
 
 def use_demo(constants: dict[str, object], overrides: dict[str, object]) -> dict[str, object]:
@@ -455,7 +563,7 @@ def checked(name: str, value: object) -> object:
 def recorded(folder: str, overrides: dict[str, object]) -> dict:
     """The record of a run that shall go on with some of its constants changed."""
     try:
-        record = json.loads(Path(folder, "constants.json").read_text(encoding="utf-8"))
+        record = json.loads(Path(folder, "constants.json").expanduser().read_text(encoding="utf-8"))
         began = record["constants"]
         scored, epochs = began["EVALUATE"], began["EPOCHS"]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -609,19 +717,7 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def progress(loader: DataLoader, name: str) -> tqdm:
-    """A bar that counts pairs, in a terminal, of the first process."""
-    return tqdm(total=len(loader.dataset), desc=name, unit="pair", leave=False, disable=rank() > 0 or None)
-
-
-def end(number: int, _: object) -> None:
-    """A signal ends the program as it ends others, with 128 + its number, after what must be told and closed."""
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
     try:
         main(**from_command_line(sys.argv[1:]))
     except Exception as error:

@@ -105,7 +105,8 @@ class FusionUNet(nn.Module):
     doi:10.1109/CVPR.2016.90), and a small encoder beside it.
 
     Args:
-        weights: name of a member of the backbone's weights in torchvision; None for an untrained one.
+        weights: name of a member of the backbone's weights in torchvision; or a file: of such weights, or a checkpoint
+            of a run, whose every weight is taken; None for an untrained backbone.
         freeze_backbone: the backbone gets no gradients and its BatchNorm statistics stay as they are, in training too.
         out_channels: logits per pixel, one for each class of change; the logit of "unchanged" is 0.
         backbone: name of a classifier of torchvision's with features at strides 4, 8, 16 and 32.
@@ -127,7 +128,10 @@ class FusionUNet(nn.Module):
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
-        self.stages, (f2, f4, f8, f16, f32), self._channels_last = cut_into_stages(backbone, weights)
+        file = read_whole(weights) if weights and Path(weights).expanduser().is_file() else {}
+        whole = file["model"] if "model_args" in file else {}  # of a run's checkpoint
+        stages = cut_into_stages(backbone, None if whole else weights, file)
+        self.stages, (f2, f4, f8, f16, f32), self._channels_last = stages
         if freeze_backbone:
             fold(self.stages.eval().requires_grad_(False))
 
@@ -139,6 +143,8 @@ class FusionUNet(nn.Module):
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
         self.head = nn.Conv2d(c2, out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: begin at 5 % (Lin et al. 2017, arXiv:1708.02002)
+        if whole:
+            _fit(self, whole, weights)
         self.train()
 
     def forward(self, image_a: Tensor, image_b: Tensor) -> Tensor:
@@ -256,16 +262,12 @@ class FusionUNet(nn.Module):
         Raises:
             ModelError: no such file, not a checkpoint, or one of another model.
         """
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_whole(path)
         try:
-            if digest := checkpoint.get("frozen"):
-                checkpoint["model"] |= _frozen_beside(path, digest)
             with torch.device("meta"):  # no weights are drawn that the checkpoint's replace at once
                 model = cls(weights=None, **checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"], assign=True)
             model.threshold = float(checkpoint.get("threshold", 0.5))
-        except ModelError:
-            raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ModelError(f"{path}: of another model ({type(error).__name__}); {CHECKPOINTS}") from error
         return model.to(pick_device(device), memory_format=torch.channels_last).eval()
@@ -306,9 +308,13 @@ def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
 # The backbone
 
 
-def cut_into_stages(backbone: str, weights: str | None) -> tuple[nn.ModuleDict, list[int], bool]:
+def cut_into_stages(
+    backbone: str, weights: str | None, file: dict[str, Tensor] | None = None
+) -> tuple[nn.ModuleDict, list[int], bool]:
     """A classifier's layers up to each stride, the channels at `STRIDES`, and whether they come last, as in a Swin."""
-    classifier = _classifier(backbone, weights).eval()
+    classifier = _classifier(backbone, None if file else weights).eval()
+    if file and weights:
+        _fit(classifier, file.get("state_dict", file), weights)
     sizes = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}
     x, stages, channels, channels_last = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False
     for name, layer in getattr(classifier, "features", classifier).named_children():
@@ -326,6 +332,22 @@ def cut_into_stages(backbone: str, weights: str | None) -> tuple[nn.ModuleDict, 
     return nn.ModuleDict(stages), [channels[stride] for stride in STRIDES], channels_last
 
 
+def _fit(module: nn.Module, states: dict[str, Tensor], file: str) -> None:
+    """Load weights of a file; of a classifier its last layer, which isn't used, may be missing or another."""
+    own = module.state_dict()
+    head = list(own)[-1].rpartition(".")[0] + "." if not isinstance(module, FusionUNet) else "-"
+    states = {name.removeprefix("module."): value for name, value in states.items()}
+    wanted = {name for name in own if not name.startswith(head) and not name.endswith("num_batches_tracked")}
+    fitting = {name for name in own.keys() & states.keys() if getattr(states[name], "shape", None) == own[name].shape}
+    extra = {name for name in states.keys() - own.keys() if not name.startswith(head)}
+    if wrong := sorted(wanted - fitting) + sorted(extra):
+        raise ModelError(
+            f"WEIGHTS={file}: of {len(wanted)} keys {len(wanted - fitting)} are missing or of another shape, and "
+            f"{len(extra)} are unknown, such as {', '.join(wrong[:3])}; give weights of this BACKBONE, or a checkpoint"
+        )
+    module.load_state_dict({name: states[name] for name in fitting}, strict=False)
+
+
 def _classifier(backbone: str, weights: str | None) -> nn.Module:
     """The classifier, its weights from torchvision's cache or fetched into it."""
     if backbone not in models.list_models(module=models):
@@ -334,7 +356,8 @@ def _classifier(backbone: str, weights: str | None) -> nn.Module:
         return models.get_model(backbone)
     known = models.get_model_weights(backbone)
     if weights not in known.__members__:
-        raise ModelError(f"WEIGHTS={weights}: unknown; there are {', '.join(known.__members__)} and None")
+        names = ", ".join(known.__members__)
+        raise ModelError(f"WEIGHTS={weights}: unknown; there are {names} and None, and no file is called so")
     try:
         return models.get_model(backbone, weights=weights)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # not fetched, or a broken file
@@ -357,9 +380,18 @@ def fold(module: nn.Module) -> None:
 # Checkpoints
 
 
+def read_whole(path: str | os.PathLike) -> dict:
+    """A checkpoint, or weights, with the frozen backbone that a run's last.pt leaves to its best.pt."""
+    checkpoint = read_checkpoint(path)
+    if digest := checkpoint.get("frozen"):
+        checkpoint["model"] |= _frozen_beside(path, digest)
+    return checkpoint
+
+
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """What `torch.save` wrote, its checksums tested, which torch leaves out; ModelError where it is damaged."""
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise ModelError(f"{path}: no such checkpoint; {CHECKPOINTS}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -466,12 +498,13 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         ModelError: there is no such device, or it doesn't work.
     """
     try:
-        of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if found.type == "cuda" else found
         device = torch.device(name or of_process)
         torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"DEVICE={name}: {str(error).splitlines()[0]}; DEVICE=cpu always works") from error
     if device.type == "cpu":
         _keep_freed_memory()
@@ -505,12 +538,20 @@ def explanation(error: Exception, memory: str) -> str | None:
     if isinstance(error, DataError | ModelError | FloatingPointError | OSError):
         # The last line of several, if it comes from a worker; there it has the error's name.
         return re.sub(r"^[a-zA-Z.]+Error: ", "", str(error).splitlines()[-1])
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or re.search(
+        "MemoryError|can't allocate memory|Cannot allocate memory", str(error)
+    ):
         return f"the memory ran out: lower {memory}"
     if isinstance(error, torch.OutOfMemoryError):  # "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has … is free."
         return f"{str(error).partition(' Of the allocated')[0]} Lower {memory}"
     if "closed by peer" in str(error) or isinstance(error, torch.distributed.DistError):
         return "another process of this run has ended; it says why"
+    if "more than 1 value per channel" in str(error):
+        return "BatchNorm has a single value a channel to go by at stride 32: raise BATCH_SIZE or CROP_SIZE"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return (
+            f"COMPILE=True: nothing could be compiled here ({str(error).strip().splitlines()[0]}); COMPILE=False runs"
+        )
     if "DataLoader worker" in str(error):
         return f"a process that loads data died, perhaps for want of memory: lower NUM_WORKERS ({error})"
     return None

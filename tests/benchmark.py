@@ -265,7 +265,7 @@ def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
     for _ in range(2):
         loader.seconds, start = 0.0, time.perf_counter()
         with patch("main.evaluate", lambda *_: 1 / 0), contextlib.suppress(ZeroDivisionError):  # the epoch is over
-            main.train(trainer.model, {"train": loader, "val": None}, SimpleNamespace(**constants), None, None)
+            main.train(trainer.model, {"train": loader, "val": loader}, SimpleNamespace(**constants), None, None)
         seconds = time.perf_counter() - start
         rates.append(len(loader) * pairs / seconds)
         shares.append(100 * loader.seconds / seconds)

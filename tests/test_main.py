@@ -183,7 +183,7 @@ def test_demo_of_three_classes(tiny, capsys):
         name: value for name, value in scores.items() if name.startswith("test_")
     }
     with pytest.raises(OptionError, match=r"NUM_CLASSES=1: give 3, as .*classes/best\.pt has"):
-        main.main(EVALUATE="runs/classes/best.pt", DATA_DIR=str(tiny), DEVICE="cpu")
+        main.main(EVALUATE="runs/classes/best.pt", DATA_DIR=str(tiny), DEVICE="cpu", NUM_CLASSES=1)
 
 
 def test_classes_that_the_demo_lacks():
