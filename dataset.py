@@ -450,7 +450,7 @@ def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
     """The height and width that two images, and the mask if there is a third file, share; DataError if they don't."""
     sizes = []
     for index, path in enumerate(paths):
-        with _open(path, mask=index == 2) as image:
+        with open_image(path, mask=index == 2) as image:
             sizes.append(image.size[::-1])
     for path, size in zip(paths[1:], sizes[1:], strict=True):
         if size != sizes[0]:
@@ -474,14 +474,14 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
         DataError: not such an image, damaged, larger than `MAX_PIXELS`, void all over, or half transparent.
     """
-    with _open(path) as image:
+    with open_image(path) as image:
         try:
             void = _void(path, image)
             alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-            rgb = np.array(image.convert("RGB"))
+            rgb = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         except Exception as error:
             raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
-        if (no_data := _no_data(image)) is not None:
+        if (no_data := no_data_value(image)) is not None:
             void = void | (rgb == no_data).all(-1) if void is not None else (rgb == no_data).all(-1)
     if alpha is not None and ((alpha > 0) & (alpha < 255)).any():
         raise DataError(f"{path}: partly transparent: a pixel is void or it isn't; flatten it to RGB")
@@ -492,7 +492,7 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return rgb, void if void is not None and void.any() else None
 
 
-def _no_data(image: Image.Image) -> int | None:
+def no_data_value(image: Image.Image) -> int | None:
     """The value that GDAL's tag calls no data, where a pixel of 8 bits can have it."""
     value = getattr(image, "tag_v2", {}).get(NO_DATA)
     with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -545,7 +545,7 @@ def read_mask(path: Path, num_classes: int = 1, ignore: int | None = None) -> tu
 
 def _mask_values(path: Path, num_classes: int) -> tuple[np.ndarray, int]:
     """One number a pixel, uint8 (H, W), of a mask in greys, colours, a palette or many bits; its way of being odd."""
-    with _open(path, mask=True) as image:
+    with open_image(path, mask=True) as image:
         try:
             see_through = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
             paletted, pixels = image.mode == "P", np.array(image)
@@ -579,7 +579,7 @@ NO_DATA, SUBFILE, PHOTOMETRIC = 42113, 254, 262  # TIFF's tags
 RGB_PAGE, GREY_PAGE, MASK_PAGE = 2, 1, 4  # values of these
 
 
-def _open(path: Path, mask: bool = False) -> Image.Image:
+def open_image(path: Path, mask: bool = False) -> Image.Image:
     """The image with its header read and its kind checked, its pixels not decoded yet."""
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow itself refuses
     try:

@@ -307,15 +307,18 @@ class MLflowRun:
 
     def _take_up(self, client: MlflowClient) -> None:
         """Find the run, or make it as `mlflow.start_run` and `mlflow.log_input` do; see which epochs it has."""
-        experiment = client.get_experiment_by_name(self.EXPERIMENT)
-        where = experiment.experiment_id if experiment else client.create_experiment(self.EXPERIMENT)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.EXPERIMENT
+        experiment = client.get_experiment_by_name(name)
+        if experiment and experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+        where = experiment.experiment_id if experiment else client.create_experiment(name)
         constants = self.record["constants"]
         if found := client.search_runs([where], f"tags.id = '{self.record['id']}'"):
             run = found[0]
             client.update_run(run.info.run_id, status="RUNNING")
         else:
-            tags = {name: str(self.record[name]) for name in ("id", "demo", "git")}
-            run = client.create_run(where, run_name=self.name, tags=resolve_tags(tags))
+            tags = resolve_tags({name: str(self.record[name]) for name in ("id", "demo", "git")})
+            run = client.create_run(where, run_name=os.environ.get("MLFLOW_RUN_NAME") or self.name, tags=tags)
             source = str(Path(constants["DATA_DIR"]).resolve())
             inputs = [
                 DatasetInput(
@@ -325,6 +328,11 @@ class MLflowRun:
                 for split, digest in self.record["data"].items()
             ]
             client.log_inputs(run.info.run_id, datasets=inputs)
+        place = Path(run.info.artifact_uri.removeprefix("file://"))
+        if place.is_absolute() and not os.environ.get("MLFLOW_TRACKING_URI") and Path.cwd() not in place.parents:
+            tqdm.write(
+                f"MLflow keeps files in {place.parent.parent}, where mlflow.db was made: remove or rename mlflow.db"
+            )
         logged = run.data.params
         missing = [Param(name, str(value)) for name, value in constants.items() if name not in logged]
         client.log_batch(run.info.run_id, params=missing)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -21,7 +24,19 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch.utils.data import Dataset
 
-from dataset import DataError, check_headers, find_pairs, read_rgb
+import dataset
+from dataset import (
+    IGNORED,
+    NO_DATA,
+    DataError,
+    check_headers,
+    find_pairs,
+    no_data_value,
+    open_image,
+    progress,
+    read_image,
+    size_text,
+)  # fmt: skip
 from model import FusionUNet, explanation
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
@@ -29,12 +44,26 @@ OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442", "wr
 CLASSES = ("#e69f00", "#009e73", "#0072b2", "#999999")  # those that are left, and a grey; again from the start if more
 COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
 CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across
-FONT = {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
+CJK = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "SimHei",
+    "Malgun Gothic",
+    "NanumGothic",
+)  # fonts that know Chinese, Japanese, Korean names
+FONT = {"font.family": ["DejaVu Sans", *(name for name in CJK if name in font_manager.get_font_names())]}
+FONT |= {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fontsize": 11}
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
-SCALE, TIEPOINT, TRANSFORM, KEYS, NODATA = 33550, 33922, 34264, 34735, 42113  # GeoTIFF's tags (OGC 19-008r4)
-GEOTAGS = (SCALE, TIEPOINT, TRANSFORM, KEYS, 34736, 34737, NODATA)
-CRS, UNIT = 3072, 3076  # keys of the projected reference system, an EPSG code, and of its unit of length
-METRE, WEB_MERCATOR = 9001, 3857  # Web Mercator's metres are no metres on the ground
+SCALE, TIEPOINT, TRANSFORM, KEYS, RPC = 33550, 33922, 34264, 34735, 50844  # GeoTIFF's tags (OGC 19-008r4), GDAL's
+GEOTAGS = (SCALE, TIEPOINT, TRANSFORM, KEYS, 34736, 34737, NO_DATA, RPC)
+RASTER_TYPE, CRS, UNIT = 1025, 3072, 3076  # keys: pixel or point, the projected system's EPSG code, its unit of length
+POINT, METRE, WEB_MERCATOR = 2, 9001, 3857  # Web Mercator's metres are no metres on the ground
+GRID = 0.1  # pixels that two images may be off one grid to be aligned
 
 
 @plt.rc_context(FONT)
@@ -106,6 +135,8 @@ def _class_colours(num_classes: int) -> np.ndarray:
 
 def _classes(probability: np.ndarray, threshold: float) -> np.ndarray:
     """uint8 (H, W) of a probability (H, W) or (K, H, W): the likeliest class where change is likelier than that."""
+    if probability.ndim == 2:
+        return (probability > threshold).view(np.uint8)
     of_each = probability.reshape(-1, *probability.shape[-2:])
     return ((of_each.sum(0) > threshold) * (1 + of_each.argmax(0))).astype(np.uint8)
 
@@ -114,6 +145,8 @@ def _draw_row(
     axis: Axes, row: int, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
 ) -> None:
     num_classes, prediction = 1 if probability.ndim == 2 else len(probability), _classes(probability, 0.5)
+    ignored = truth == IGNORED
+    truth, prediction = truth * ~ignored, prediction * ~ignored
     labelled, predicted = truth > 0, prediction > 0
     outcomes = (
         labelled & (truth == prediction), labelled & ~predicted, predicted & ~labelled,
@@ -124,6 +157,7 @@ def _draw_row(
     errors = np.zeros((*truth[every].shape, 3))
     for colour, where in zip(OUTCOMES.values(), outcomes, strict=True):
         errors[where[every]] = to_rgb(colour)
+    errors[ignored[every]] = 0.5
     before, after = (image.permute(1, 2, 0).numpy()[every] for image in (image_a, image_b))
     truth, prediction = (_class_colours(num_classes)[mask[every]] for mask in (truth, prediction))
     probability = probability.reshape(-1, *probability.shape[-2:]).sum(0)[every]
@@ -177,7 +211,9 @@ def plot_precision_recall(
 def _saved(figure: Figure, path: str | os.PathLike | None) -> Figure:
     if path is not None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        figure.savefig(path, dpi=DPI)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # no font here has the letters of a name
+            figure.savefig(path, dpi=DPI)
     return figure
 
 
@@ -193,12 +229,17 @@ def write_masks(
     tile_size: int = 1024,
     tta: bool = False,
     device: str | None = None,
+    folders: str = "A B",
+    align: bool = False,
+    overwrite: bool = False,
+    max_pixels: int = dataset.MAX_PIXELS,
 ) -> None:
     """Predict files; write the mask of each pair and an overlay, and print the area that changed.
 
-    A mask holds 0 and 255 or, of a model that tells K classes apart, 0 to K.
+    A mask holds 0 and 255 or, of a model that tells K classes apart, 0 to K, and 0 where an image is void.
 
-    A mask lies where its images lie: a TIFF by GeoTIFF tags, a PNG by a world file. No file is overwritten.
+    A mask lies where its images lie: a TIFF by GeoTIFF tags, a PNG by a world file. Of folders, pairs whose masks are
+    there already are passed over, and one that can't be predicted doesn't stop the others.
 
     Args:
         checkpoint: `best.pt` of a run.
@@ -211,73 +252,126 @@ def write_masks(
         tile_size: as in `FusionUNet.predict`.
         tta: likewise.
         device: as in `FusionUNet.load`.
+        folders: names of the two folders, where one folder holds both.
+        align: crop both images to what they share, where they lie on one grid.
+        overwrite: write masks anew that are there.
+        max_pixels: an image may hold.
 
     Raises:
         DataError: images that can't be read, or are not of one place and size; a file to write is there already; a
-            threshold or pixel size that can't be.
+            threshold or pixel size that can't be. Of folders, at the end, with all that couldn't be predicted.
         ModelError: not a checkpoint.
     """
     if not 0 <= (threshold or 0) < 1:
         raise DataError(f"threshold {threshold}: must be 0 or more and below 1")
     if not (pixel_size is None or pixel_size > 0):
         raise DataError(f"pixel size {pixel_size}: must be above 0 metres")
-    plan = _plan(*((Path(before), Path(after)) if after else (Path(before, "A"), Path(before, "B"))), out)
+    dataset.MAX_PIXELS = max_pixels
+    before, after = Path(before).expanduser(), after and Path(after).expanduser()
+    if after is None:
+        before, after = (before / name for name in (*folders.split(), *"AB")[:2])
+    plan, several = _plan(before, after, out, overwrite)
     model = FusionUNet.load(checkpoint, device)
     model.threshold = model.threshold if threshold is None else threshold
     print(f"{len(plan)} to predict; changed where the probability is above {model.threshold:.3f}", flush=True)
-    for path_a, path_b, place, files in plan:
-        image_b = read_rgb(path_b)
-        chance = model.predict(path_a, image_b, tile_size, tta).numpy()
-        mask, area = _classes(chance, model.threshold), pixel_size**2 if pixel_size else place.pixel_area()
-        _write(chance, mask, image_b, place, files if probability else files[:2])
+    failed = []
+    for path_a, path_b, files in progress(plan, unit="pair", delay=1) if several else plan:
+        try:
+            image_a, image_b, void, place = _read_pair(path_a, path_b, align)
+            chance = model.predict(image_a, image_b, tile_size, tta).numpy()
+            del image_a
+            if void is not None:
+                chance[..., void] = 0
+            mask, area = _classes(chance, model.threshold), pixel_size**2 if pixel_size else place.pixel_area()
+            _write(chance, mask, image_b, place, files if probability else files[:2])
+        except DataError as error:
+            if not several:
+                raise
+            failed.append(str(error))
+            continue
+        valid = mask.size if void is None else np.count_nonzero(~void)
         for kind in range(1, 2 if chance.ndim == 2 else 1 + len(chance)):
             name = "changed" if chance.ndim == 2 else f"of class {kind}"
-            print(f"{files[0]}: {_extent(mask == kind, name, area)}", flush=True)
+            print(f"{files[0]}: {_extent(np.count_nonzero(mask == kind), valid, name, area)}", flush=True)
+    if failed:
+        print("\n".join(failed), flush=True)
+        raise DataError(f"{len(failed)} of {len(plan)} pairs couldn't be predicted, see above; the others are done")
 
 
-def _extent(where: np.ndarray, name: str, pixel_area: float | None) -> str:
-    metres = f", {where.sum() * pixel_area:,.1f} m²" if pixel_area else ""
-    return f"{where.sum():,} of {where.size:,} pixels {name} ({where.mean():.2%}){metres}"
+def _extent(pixels: int, valid: int, name: str, pixel_area: float | None) -> str:
+    metres = f", {pixels * pixel_area:,.1f} m²" if pixel_area else ""
+    return f"{pixels:,} of {valid:,} pixels {name} ({pixels / valid:.2%}){metres}"
 
 
-def _plan(before: Path, after: Path, out: str | None) -> list[tuple[Path, Path, Place, tuple[Path, ...]]]:
-    """The pairs, their places and files for mask, overlay and probability; names and headers are checked here."""
+def _plan(before: Path, after: Path, out: str | None, overwrite: bool) -> tuple[list[tuple], bool]:
+    """The pairs with the files for mask, overlay and probability; whether they come from folders."""
     for path in (before, after):
         if not path.exists() or path.is_file() != before.is_file():
             raise DataError(f"{path}: not there; give two images, two folders, or one folder that holds A and B")
-    plan, taken = [], set()
-    pairs = [("", "")] if before.is_file() else find_pairs(before, after)  # joined with "" a path stays what it is
-    for path_a, path_b in ((before / name_a, after / name_b) for name_a, name_b in pairs):
-        check_headers((path_a, path_b))
-        place = common_place(path_a, path_b)
-        suffix = ".tif" if place.tags and place.affine is not None else ".png"
-        path = Path(out or f"mask{suffix}") if before.is_file() else Path(out or "masks", path_a.stem + suffix)
+    plan, taken, several = [], set(), before.is_dir()
+    pairs = find_pairs(before, after) if several else [("", "")]  # joined with "" a path stays what it is
+    for name_a, name_b in pairs:
+        path_a, path_b = before / name_a, after / name_b
+        suffix = ".png"
+        with contextlib.suppress(DataError):  # which is raised again when the pair's turn comes
+            place = Place(path_a)
+            suffix = ".tif" if place.tags and place.affine is not None else ".png"
+        path = Path(out or f"mask{suffix}") if not several else Path(out or "masks", name_a).with_suffix(suffix)
+        path = path.expanduser()
         if path.suffix.lower() not in (".png", ".tif", ".tiff") or path.parent in (before, after):
             raise DataError(f"--out {out}: must be a .png or .tif, or for folders a folder other than theirs")
         files = path, path.with_name(f"{path.stem}_overlay.jpg"), path.with_stem(f"{path.stem}_probability")
+        if several and files[0].exists() and files[1].exists() and not overwrite:
+            print(f"{path}: is there already", flush=True)
+            continue
         for file in (*files, world_file(path), world_file(files[2])):
-            if file.exists() or file in taken:
+            if file in taken or (file.exists() and not (overwrite and files[1].exists())):
                 raise DataError(f"{file}: is there already; remove it, or name another --out")
             taken.add(file)
-        plan.append((path_a, path_b, place, files))
-    return plan
+        plan.append((path_a, path_b, files))
+    return plan, several
+
+
+def _read_pair(path_a: Path, path_b: Path, align: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, Place]:
+    """Both images, where either is void, and their place; aligned, what they share."""
+    if not align:
+        check_headers((path_a, path_b))
+    place, (x, y) = common_place(path_a, path_b, align)
+    (image_a, void_a), (image_b, void_b) = read_image(path_a), read_image(path_b)
+    void = void_a if void_b is None else void_b if void_a is None or void_a.shape != void_b.shape else void_a | void_b
+    if align and (x or y or image_a.shape != image_b.shape):
+        height = min(image_a.shape[0] - max(y, 0), image_b.shape[0] - max(-y, 0))
+        width = min(image_a.shape[1] - max(x, 0), image_b.shape[1] - max(-x, 0))
+        if height < 1 or width < 1:
+            raise DataError(f"{path_b}: shares no pixel with {path_a}")
+        of_a = slice(max(y, 0), max(y, 0) + height), slice(max(x, 0), max(x, 0) + width)
+        of_b = slice(max(-y, 0), max(-y, 0) + height), slice(max(-x, 0), max(-x, 0) + width)
+        image_a, image_b = np.ascontiguousarray(image_a[of_a]), np.ascontiguousarray(image_b[of_b])
+        voids = [each[part] for each, part in ((void_a, of_a), (void_b, of_b)) if each is not None]
+        void = np.logical_or.reduce(voids) if voids else None
+        place.move(max(x, 0), max(y, 0))
+        print(f"{path_a}, {path_b}: aligned to the {size_text((height, width))} pixels that they share", flush=True)
+    return image_a, image_b, void, place
 
 
 def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place, files: Sequence[Path]) -> None:
     """Save the mask, the image with what changed in colour, small enough to look at, and if asked the probability."""
     files[0].parent.mkdir(parents=True, exist_ok=True)
     binary = chance.ndim == 2
-    place.save(mask * np.uint8(255) if binary else mask, files[0])
     factor = -(-max(mask.shape) // OVERLAY_SIDE)
     picture = np.asarray(Image.fromarray(image).reduce(factor)).astype(np.float32)
     colours = [OUTCOMES["missed"]] if binary else _class_colours(len(chance))[1:]
     for kind, colour in enumerate(colours, 1):
         share = np.asarray(Image.fromarray((mask == kind) * np.uint8(255)).reduce(factor))[..., None] / 255 * 0.6
         picture = picture * (1 - share) + 255 * np.array(to_rgb(colour)) * share
+    palette = None if binary else _class_colours(len(chance))
+    for lost in place.save(mask * np.uint8(255) if binary else mask, files[0], palette):
+        print(f"{files[0]}: {lost}", flush=True)
     Image.fromarray(picture.round().astype(np.uint8)).save(files[1], quality=90)
     for file in files[2:]:
-        chance = chance.reshape(-1, *mask.shape).sum(0).clip(max=1)
-        place.save((chance * 65535).round().astype(np.uint16), file)
+        chance = chance if binary else chance.sum(0).clip(max=1)
+        chance *= 65535
+        place.save(chance.round(out=chance).astype(np.uint16), file)
 
 
 # Where on the ground
@@ -296,19 +390,23 @@ class Place:
 
     def __init__(self, path: Path):
         self.tags = ImageFileDirectory_v2()
-        with Image.open(path) as image:
+        with open_image(path, mask=True) as image:
             own = getattr(image, "tag_v2", {})
             for tag in GEOTAGS:
                 # "No data" is 0 or 255 in many images; in a mask these say that all of it, or all change, is void.
-                if tag in own and not (tag == NODATA and own[tag].strip(" \0") in ("0", "255")):
+                if tag in own and not (tag == NO_DATA and no_data_value(image) is not None):
                     self.tags.tagtype[tag] = own.tagtype[tag]
                     self.tags[tag] = own[tag]
         keys = self.tags.get(KEYS, ())
         self._keys = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4)}
         self.crs = self._keys.get(CRS)
-        name = world_file(path)
-        names = name, name.with_suffix(name.suffix.upper())
-        self._world = next((file.read_bytes() for file in names if file.exists()), None)
+        names = [world_file(path), Path(f"{path}w"), path.with_suffix(".wld")]
+        names = [each for name in names for each in (name, name.with_suffix(name.suffix.upper()))]
+        name = next((name for name in names if name.is_file()), None)
+        self._world = name and name.read_bytes()
+        prj = path.with_suffix(".prj")
+        self._prj = prj.read_bytes() if prj.is_file() else None
+        self._aux = Path(f"{path}.aux.xml")
         self.affine = None
         if TRANSFORM in self.tags:
             a, b, _, x, d, e, _, y = self.tags[TRANSFORM][:8]
@@ -322,6 +420,8 @@ class Place:
             except ValueError as error:
                 raise DataError(f"{name}: a world file holds six numbers, with decimal points ({error})") from error
             self.affine = np.array([x - (a + b) / 2, y - (d + e) / 2, a, d, b, e])  # its x, y: the first pixel's middle
+        if self._keys.get(RASTER_TYPE) == POINT and self.tags.keys() & {TRANSFORM, SCALE}:
+            self.affine[:2] -= (self.affine[2:4] + self.affine[4:]) / 2  # the tags' x, y: the first pixel's middle
 
     def pixel_area(self) -> float | None:
         """Square metres of a pixel; None where that isn't known: no place, degrees, feet, Web Mercator."""
@@ -330,41 +430,86 @@ class Place:
         a, d, b, e = self.affine[2:]
         return abs(a * e - b * d)
 
-    def save(self, pixels: np.ndarray, path: Path) -> None:
+    def offset(self, other: Place) -> np.ndarray:
+        """Pixels to the right and down from this place's corner to the other's."""
+        return np.linalg.solve(self.affine[2:].reshape(2, 2).T, other.affine[:2] - self.affine[:2])
+
+    def move(self, x: int, y: int) -> None:
+        """To where the pixel x to the right and y down has its corner."""
+        if self.affine is None:
+            return
+        self.affine[:2] += self.affine[2:4] * x + self.affine[4:] * y
+        if TRANSFORM in self.tags:
+            matrix = list(self.tags[TRANSFORM])
+            matrix[3], matrix[7] = np.array(matrix).reshape(4, 4)[:2] @ (x, y, 0, 1)
+            self.tags[TRANSFORM] = tuple(matrix)
+        elif TIEPOINT in self.tags:
+            column, row, *rest = self.tags[TIEPOINT]
+            self.tags[TIEPOINT] = (column - x, row - y, *rest)
+        self._world = self._world and self._as_world_file()
+
+    def save(self, pixels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> list[str]:
         """Write uint8 or uint16 (H, W) of this place: TIFF with the tags, compressed without loss, or PNG.
 
         A world file goes along where the image has one, and beside a PNG, which can't hold tags.
+
+        Args:
+            pixels: what to write.
+            path: where to.
+            palette: RGB in 0..1, (colours, 3), in which the values are shown.
+
+        Returns:
+            What tells the place and couldn't go along, in words.
         """
-        png, world = path.suffix.lower() == ".png", self._world
+        png, world, lost = path.suffix.lower() == ".png", self._world, []
         tiff = {} if png else {"tiffinfo": self.tags, "compression": "tiff_adobe_deflate"}
-        Image.fromarray(pixels).save(path, **tiff)
+        image = Image.fromarray(pixels)
+        if palette is not None:
+            image.putpalette((palette * 255).round().astype(np.uint8).tobytes())
+        image.save(path, **tiff)
         if world is None and png and self.affine is not None:
-            x, y, a, d, b, e = self.affine.tolist()
-            world = "".join(f"{value}\n" for value in (a, d, b, e, x + (a + b) / 2, y + (d + e) / 2)).encode()
+            world = self._as_world_file()
         if world is not None:
             world_file(path).write_bytes(world)
+        if self._prj is not None:
+            path.with_suffix(".prj").write_bytes(self._prj)
+        if self._aux.is_file():
+            lost.append(f"what {self._aux} says of the image's place is not carried along")
+        if png and self.affine is None and self.tags.keys() & {TIEPOINT, RPC}:
+            lost.append("a PNG can't hold the ground control points or RPC of the image: give --out a name with .tif")
+        return lost
+
+    def _as_world_file(self) -> bytes:
+        x, y, a, d, b, e = self.affine.tolist()
+        return "".join(f"{value}\n" for value in (a, d, b, e, x + (a + b) / 2, y + (d + e) / 2)).encode()
 
 
 def world_file(path: Path) -> Path:
     """The name of an image's world file: x.tif → x.tfw, x.png → x.pgw, x.jpeg → x.jgw."""
-    return path.with_suffix(f".{path.suffix[1]}{path.suffix[-1]}w".lower())
+    return path.with_suffix(f".{path.suffix[1:2]}{path.suffix[-1:]}w".lower())
 
 
-def common_place(path_a: Path, path_b: Path) -> Place:
-    """The place of two images, from the first that knows it.
+def common_place(path_a: Path, path_b: Path, align: bool = False) -> tuple[Place, tuple[int, int]]:
+    """The place of two images, from the first that knows it, and how many pixels the second lies right and down of it.
 
     Raises:
-        DataError: their places differ, by more than a hundredth of a pixel.
+        DataError: their places differ, by more than a hundredth of a pixel or, aligned, off one grid.
     """
     place_a, place_b = Place(path_a), Place(path_b)
     if place_a.affine is None or place_b.affine is None:
-        return place_b if place_a.affine is None else place_a
+        return place_b if place_a.affine is None else place_a, (0, 0)
     pixel, off = np.abs(place_a.affine[2:]).max(), np.abs(place_a.affine - place_b.affine)
-    two_systems = place_a.crs and place_b.crs and place_a.crs != place_b.crs
-    if off[:2].max() > 0.01 * pixel or off[2:].max() > 1e-5 * pixel or two_systems:
+    one_grid = off[2:].max() <= 1e-5 * pixel and not (place_a.crs and place_b.crs and place_a.crs != place_b.crs)
+    shift = place_a.offset(place_b)
+    whole = shift.round().astype(int)
+    if not one_grid or np.abs(shift - (whole if align else 0)).max() > (GRID if align else 0.01):
         where = [f"{place.affine.tolist()} in EPSG:{place.crs}" for place in (place_a, place_b)]
-        raise DataError(f"{path_b}: lies elsewhere than {path_a}: corner and steps {where[1]}, not {where[0]}")
-    return place_a
+        by = f", by {shift[0]:.3f} pixels right and {shift[1]:.3f} down" if one_grid else ""
+        hint = "" if align or not one_grid else "; --align crops both to what they share"
+        raise DataError(
+            f"{path_b}: lies elsewhere than {path_a}{by}: corner and steps {where[1]}, not {where[0]}{hint}"
+        )
+    return place_a, tuple(whole.tolist())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -372,7 +517,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Mark what changed between two images, or between the images of two folders: writes masks, "
         "overlays to look at, and the area that changed.",
-        epilog="No file is overwritten. README.md says more.",
+        epilog="No file is overwritten unless --overwrite is given. README.md says more.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt of a run")
     parser.add_argument("before", metavar="BEFORE", help="an image or a folder; alone, a folder that holds A and B")
@@ -383,12 +528,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tta", action="store_true", help="average over flips and quarter turns, 8 times slower")
     parser.add_argument("--pixel-size", type=float, metavar="METRES", help="of the images (a GeoTIFF's own)")
     parser.add_argument("--tile-size", type=int, default=1024, metavar="PIXELS", help="less takes less memory (1024)")
+    parser.add_argument("--folders", default="A B", metavar='"A B"', help="their names, where one folder holds both")
+    parser.add_argument("--align", action="store_true", help="crop both images to what they share")
+    parser.add_argument("--overwrite", action="store_true", help="write masks anew that are there already")
+    parser.add_argument("--max-pixels", type=int, default=dataset.MAX_PIXELS, metavar="N", help="an image may hold")
     parser.add_argument("--device", help="cpu, cuda:1, … (the GPU where there is one)")
     parser.error = lambda message: sys.exit(f"error: {message}; see python visualize.py --help")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
     try:
         write_masks(**vars(parse_arguments()))
     except Exception as error:

@@ -20,7 +20,7 @@ from visualize import (
     CRS,
     GEOTAGS,
     METRE,
-    NODATA,
+    NO_DATA,
     OUTCOMES,
     UNIT,
     WEB_MERCATOR,
@@ -387,7 +387,7 @@ WORLD = "0.5\n0\n0\n-0.5\n600000.25\n3399999.875\n"
 def test_a_mask_has_the_tags_of_its_image(tmp_path, dtype):
     pair = [write_tiff(tmp_path / f"{name}.tif", geotags()) for name in "ab"]
     pixels = np.arange(48, dtype=dtype).reshape(6, 8)
-    common_place(*pair).save(pixels, tmp_path / "mask.tif")
+    common_place(*pair)[0].save(pixels, tmp_path / "mask.tif")
     with Image.open(tmp_path / "mask.tif") as mask:
         assert np.array_equal(np.asarray(mask), pixels)
         assert {tag: mask.tag_v2[tag] for tag in GEOTAGS if tag in mask.tag_v2} == dict(geotags())
@@ -396,7 +396,7 @@ def test_a_mask_has_the_tags_of_its_image(tmp_path, dtype):
 @pytest.mark.parametrize("nodata", ["0", "255"])
 def test_a_mask_has_no_value_that_means_nothing(tmp_path, nodata):
     place = Place(write_tiff(tmp_path / "a.tif", geotags(nodata=nodata)))
-    assert NODATA not in place.tags and place.affine is not None
+    assert NO_DATA not in place.tags and place.affine is not None
 
 
 @pytest.mark.parametrize("suffix", [".PGW", ".pgw"])
@@ -420,8 +420,9 @@ def test_tags_and_world_files_tell_the_same(tmp_path):
 
 def test_one_of_two_knows_the_place(tmp_path):
     known, unknown = write_tiff(tmp_path / "a.tif", geotags()), write_tiff(tmp_path / "b.tif", None)
-    assert dict(common_place(known, unknown).tags) == dict(common_place(unknown, known).tags) == dict(geotags())
-    assert common_place(unknown, unknown).affine is None
+    assert dict(common_place(known, unknown)[0].tags) == dict(geotags())
+    assert dict(common_place(unknown, known)[0].tags) == dict(geotags())
+    assert common_place(unknown, unknown)[0].affine is None
 
 
 @pytest.mark.parametrize(
