@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import signal
@@ -476,7 +477,7 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """
     with open_image(path) as image:
         try:
-            void = _void(path, image)
+            void = _void(path, image) if image.format == "TIFF" else None
             alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
             rgb = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         except Exception as error:
@@ -575,7 +576,7 @@ def _mask_values(path: Path, num_classes: int) -> tuple[np.ndarray, int]:
     return values, 0 if hues.all() else 2
 
 
-NO_DATA, SUBFILE, PHOTOMETRIC = 42113, 254, 262  # TIFF's tags
+NO_DATA, SUBFILE, BITS, PHOTOMETRIC, BANDS, EXTRA_BANDS = 42113, 254, 258, 262, 277, 338  # TIFF's tags
 RGB_PAGE, GREY_PAGE, MASK_PAGE = 2, 1, 4  # values of these
 
 
@@ -595,7 +596,7 @@ def open_image(path: Path, mask: bool = False) -> Image.Image:
     except Exception as error:  # what Pillow's readers meet in a broken file, they raise
         raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
     try:
-        complaint = _complaint(image, mask)
+        complaint = _complaint(path, image, mask)
     except Exception as error:
         raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
     if complaint:
@@ -604,79 +605,89 @@ def open_image(path: Path, mask: bool = False) -> Image.Image:
     return image
 
 
-def _directories(data: bytes) -> list[tuple[int, dict[int, int]]]:
-    """A TIFF's directories: where each begins, and by tag where its value stands; [] for another file."""
-    order = {b"II": "<", b"MM": ">"}.get(bytes(data[:2]))
-    if order is None:
-        return []
-    number, entry, pointer, start = ("Q", 20, "Q", 8) if data[2:4] in (b"+\0", b"\0+") else ("H", 12, "I", 4)
-    found, at = [], start
-    while (place := struct.unpack_from(order + pointer, data, at)[0]) and place not in [each for each, _ in found]:
-        count = struct.unpack_from(order + number, data, place)[0]
-        first = place + struct.calcsize(number)
-        entries = range(first, first + count * entry, entry)
-        found.append(
-            (place, {struct.unpack_from(order + "H", data, each)[0]: each + (entry + 4) // 2 for each in entries})
-        )
-        at = first + count * entry
-    return found
+class Tiff:
+    """The directories of a TIFF, also of the kinds that Pillow doesn't know; each has the places of its tags' entries.
 
+    Raises:
+        ValueError, struct.error: no TIFF, or a damaged one.
+    """
 
-def _page(data: bytes, place: int, photometric: int, at: int) -> Image.Image:
-    """The image of a TIFF's directory, with another photometric interpretation than it says."""
-    order, big = "<" if data[:2] == b"II" else ">", data[2:4] in (b"+\0", b"\0+")
-    data = bytearray(data)
-    struct.pack_into(order + ("Q" if big else "I"), data, 8 if big else 4, place)
-    struct.pack_into(order + "H", data, at, photometric)
-    return Image.open(BytesIO(data))
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self.data[:2] not in (b"II", b"MM"):
+            raise ValueError("no TIFF")
+        self.order, self.big = "<" if self.data[:2] == b"II" else ">", 43 in self.data[2:4]
+        number, entry, pointer, at = ("Q", 20, "Q", 8) if self.big else ("H", 12, "I", 4)
+        self.directories: dict[int, dict[int, int]] = {}  # by their place in the file
+        while (place := self._read(pointer, at)) and place not in self.directories:
+            first = place + struct.calcsize(number)
+            at = first + self._read(number, place) * entry
+            self.directories[place] = {self._read("H", each): each for each in range(first, at, entry)}
+
+    def _read(self, kind: str, at: int) -> int:
+        return struct.unpack_from(self.order + kind, self.data, at)[0]
+
+    def value(self, directory: dict[int, int], tag: int) -> int:
+        """A short or long number that stands in its entry; 0 where it is missing."""
+        at = directory.get(tag)
+        return self._read("I" if self._read("H", at + 2) == 4 else "H", at + 8 + 4 * self.big) if at else 0
+
+    def pages(self) -> int:
+        """How many of the directories are images of the first one's size, and neither overviews nor masks."""
+        every = self.directories.values()
+        images = [(self.value(each, 256), self.value(each, 257)) for each in every if not self.value(each, SUBFILE)]
+        return images.count(images[0]) if images else 1
+
+    def image(self, place: int, photometric: int) -> Image.Image:
+        """What a directory holds, with another photometric interpretation; a band beyond three is left out."""
+        data, directory = bytearray(self.data), self.directories[place]
+        struct.pack_into(self.order + ("Q" if self.big else "I"), data, 8 if self.big else 4, place)
+        struct.pack_into(self.order + "H", data, directory[PHOTOMETRIC] + 8 + 4 * self.big, photometric)
+        if at := directory.get(EXTRA_BANDS):
+            if self.value(directory, BANDS) == 3:
+                struct.pack_into(self.order + "H", data, at, 65000)  # a private tag, which is passed over
+            else:
+                form = self.order + ("QHH" if self.big else "IHH")
+                struct.pack_into(form, data, at + 4, 1, 0, 0)  # one more, of no meaning
+        return Image.open(BytesIO(data))
 
 
 def _repaired_tiff(path: Path) -> Image.Image | None:
     """A TIFF of three bands or four that calls itself grey, as GDAL writes them unless told otherwise, as RGB."""
-    with contextlib.suppress(OSError, struct.error, LookupError, Image.UnidentifiedImageError):
-        data = Path(path).read_bytes()
-        place, tags = _directories(data)[0]
-        return _page(data, place, RGB_PAGE, tags[PHOTOMETRIC])
+    with contextlib.suppress(OSError, ValueError, struct.error, LookupError, Image.UnidentifiedImageError):
+        tiff = Tiff(path)
+        place, directory = next(iter(tiff.directories.items()))
+        return tiff.image(place, RGB_PAGE) if tiff.value(directory, BANDS) in (3, 4) else None
     return None
 
 
 def _void(path: Path, image: Image.Image) -> np.ndarray | None:
     """Where a TIFF's own mask, a page of one bit, calls it void."""
-    if image.format != "TIFF" or image.n_frames == 1:
-        return None
-    data = Path(path).read_bytes()
-    for place, tags in _directories(data)[1:]:
-        order = "little" if data[:2] == b"II" else "big"
-        subfile = int.from_bytes(data[tags[SUBFILE] : tags[SUBFILE] + 4], order) if SUBFILE in tags else 0
-        if subfile == MASK_PAGE:
-            with _page(data, place, GREY_PAGE, tags[PHOTOMETRIC]) as page:
-                return np.asarray(page.convert("L")) == 0
+    with contextlib.suppress(ValueError, struct.error):
+        tiff = Tiff(path)
+        for place, directory in tiff.directories.items():
+            size = tiff.value(directory, 256), tiff.value(directory, 257)
+            if tiff.value(directory, SUBFILE) == MASK_PAGE and size == image.size:
+                with tiff.image(place, GREY_PAGE) as page:
+                    return np.asarray(page.convert("L")) == 0
     return None
 
 
-def _pages(image: Image.Image) -> int:
-    """How many pages of a file are images of full size; the others are a TIFF's overviews and masks."""
-    count, size = 0, image.size
-    for page in range(getattr(image, "n_frames", 1)):
-        with contextlib.suppress(OSError, SyntaxError, KeyError):  # pages of kinds that Pillow doesn't know
-            image.seek(page)
-            count += image.size == size and getattr(image, "tag_v2", {}).get(SUBFILE, 0) == 0
-    image.seek(0)
-    return count
-
-
-def _complaint(image: Image.Image, mask: bool) -> str | None:
+def _complaint(path: Path, image: Image.Image, mask: bool) -> str | None:
     """Why an image is of no use, from its header."""
     if image.width * image.height > MAX_PIXELS:
         return f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; cut it, or raise --max-pixels"
     exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else it would decode the PNG
     if exif.get(ExifTags.Base.Orientation, 1) != 1:  # viewers turn it, and so does who labels it
         return "turned by its orientation tag; save it upright, without the tag"
-    if getattr(image, "n_frames", 1) > 1 and (pages := _pages(image)) > 1:
+    pages = Tiff(path).pages() if image.format == "TIFF" else getattr(image, "n_frames", 1)
+    if pages > 1:
         return f"{pages} pages; save the one that is meant"
     raw_mode = image.tile[0].args if image.tile else ""
     raw_mode = raw_mode if isinstance(raw_mode, str) else str(raw_mode[0])
-    deep = ";16" in raw_mode or image.mode[0] in "IF"
+    bits = getattr(image, "tag_v2", {}).get(BITS, 8)
+    deep = ";16" in raw_mode or image.mode[0] in "IF" or np.max(bits) > 8
     if deep and not (mask and image.mode[0] in "IF"):  # Pillow drops the low byte of 16-bit colour in silence
         return (f"more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB: "
                 "gdal_translate -ot Byte -scale")  # fmt: skip
