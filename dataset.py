@@ -210,7 +210,8 @@ def usable_cores() -> int:
 def leave_signals_to_main(_: int) -> None:
     """A worker outlives Ctrl-C, which reaches it too, until the main process ends it; that is no failure of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 # Colours

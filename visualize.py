@@ -232,7 +232,6 @@ def write_masks(
     folders: str = "A B",
     align: bool = False,
     overwrite: bool = False,
-    max_pixels: int = dataset.MAX_PIXELS,
 ) -> None:
     """Predict files; write the mask of each pair and an overlay, and print the area that changed.
 
@@ -255,7 +254,6 @@ def write_masks(
         folders: names of the two folders, where one folder holds both.
         align: crop both images to what they share, where they lie on one grid.
         overwrite: write masks anew that are there.
-        max_pixels: an image may hold.
 
     Raises:
         DataError: images that can't be read, or are not of one place and size; a file to write is there already; a
@@ -266,7 +264,6 @@ def write_masks(
         raise DataError(f"threshold {threshold}: must be 0 or more and below 1")
     if not (pixel_size is None or pixel_size > 0):
         raise DataError(f"pixel size {pixel_size}: must be above 0 metres")
-    dataset.MAX_PIXELS = max_pixels
     before, after = Path(before).expanduser(), after and Path(after).expanduser()
     if after is None:
         before, after = (before / name for name in (*folders.split(), *"AB")[:2])
@@ -500,11 +497,11 @@ def common_place(path_a: Path, path_b: Path, align: bool = False) -> tuple[Place
         return place_b if place_a.affine is None else place_a, (0, 0)
     pixel, off = np.abs(place_a.affine[2:]).max(), np.abs(place_a.affine - place_b.affine)
     one_grid = off[2:].max() <= 1e-5 * pixel and not (place_a.crs and place_b.crs and place_a.crs != place_b.crs)
-    shift = place_a.offset(place_b)
+    shift = place_a.offset(place_b).round(6)
     whole = shift.round().astype(int)
     if not one_grid or np.abs(shift - (whole if align else 0)).max() > (GRID if align else 0.01):
         where = [f"{place.affine.tolist()} in EPSG:{place.crs}" for place in (place_a, place_b)]
-        by = f", by {shift[0]:.3f} pixels right and {shift[1]:.3f} down" if one_grid else ""
+        by = f", by {shift[0] + 0:.3f} pixels right and {shift[1] + 0:.3f} down" if one_grid else ""
         hint = "" if align or not one_grid else "; --align crops both to what they share"
         raise DataError(
             f"{path_b}: lies elsewhere than {path_a}{by}: corner and steps {where[1]}, not {where[0]}{hint}"
@@ -534,7 +531,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-pixels", type=int, default=dataset.MAX_PIXELS, metavar="N", help="an image may hold")
     parser.add_argument("--device", help="cpu, cuda:1, … (the GPU where there is one)")
     parser.error = lambda message: sys.exit(f"error: {message}; see python visualize.py --help")
-    return parser.parse_args()
+    options = parser.parse_args()
+    dataset.MAX_PIXELS = options.__dict__.pop("max_pixels")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """LEVIRCD and color_jitter on files written for the purpose, and on real pairs where there are any."""
 
+import io
 import os
 from pathlib import Path
 
@@ -120,6 +121,119 @@ def test_images_of_every_kind(tmp_path, mode):
     image = rgb.convert(mode)
     image.save(tmp_path / "val" / "A" / "x.png")
     assert np.array_equal(LEVIRCD(tmp_path, "val")[0][0].permute(1, 2, 0), np.asarray(image.convert("RGB")))
+
+
+def test_odd_masks_are_said_once_a_split(tmp_path, capsys):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:20] = 255
+    for stem in "abc":
+        write_pair(
+            tmp_path / "val", stem, *random_pair(RNG, 40, 40)[:2], mask if stem == "a" else np.minimum(mask, 254)
+        )
+    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+        dataset._said.clear()
+        for _ in range(2):
+            data = LEVIRCD(tmp_path, "val", cache_dir=cache)
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and "2 of 3 masks hold other values than 0 and 255: from 128 on" in said
+        assert said.rstrip().endswith(f"(the first is {tmp_path}/val/label/b.png)")
+        assert all(np.array_equal(label[0], mask > 0) for *_, label in data)
+
+
+def test_ignored_pixels(tmp_path):
+    mask = np.array([[0, 1, 255], [255, 0, 1]], np.uint8)
+    write_pair(tmp_path / "val", "x", *[np.zeros((2, 3, 3), np.uint8)] * 2, mask)
+    for num_classes in (1, 2):
+        with pytest.raises(DataError, match="0, 1, 255; give IGNORE=255"):
+            LEVIRCD(tmp_path, "val", num_classes=num_classes)
+        assert np.array_equal(LEVIRCD(tmp_path, "val", num_classes=num_classes, ignore=255)[0][2][0], mask)
+    write_pair(
+        tmp_path / "val", "x", *[np.zeros((2, 3, 3), np.uint8)] * 2, np.array([[0, 255, 7], [7, 0, 255]], np.uint8)
+    )
+    cached = LEVIRCD(tmp_path, "val", ignore=7, cache_dir=tmp_path / "cache")[0][2][0]
+    assert np.array_equal(cached, [[0, 1, 255], [255, 0, 1]])
+
+
+def test_void_pixels_are_ignored(tmp_path):
+    image_a, image_b, mask = random_pair(RNG, 20, 30)
+    write_pair(tmp_path / "val", "x", image_a, image_b, mask)
+    see_through = np.dstack([image_b, np.full((20, 30), 255, np.uint8)])
+    see_through[:5, :, 3] = 0
+    Image.fromarray(see_through).save(tmp_path / "val" / "B" / "x.png")
+    label = LEVIRCD(tmp_path, "val")[0][2][0].numpy()
+    assert (label[:5] == 255).all() and np.array_equal(label[5:], mask[5:] // 255)
+
+
+# Folders
+
+
+def test_folders_of_other_names_and_folders_below_them(tmp_path):
+    pairs = {stem: random_pair(RNG, 8, 10) for stem in ("city1/x", "city2/x", "y")}
+    for stem, pair in pairs.items():
+        for name, array in zip(("time1", "time2", "mask"), pair, strict=True):
+            file = tmp_path / "val" / name / f"{stem}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(file)
+    (tmp_path / "val" / "list").mkdir()
+    (tmp_path / "val" / "list" / "val.txt").write_text("x")
+    data = LEVIRCD(tmp_path, "val", folders=("time1", "time2", "mask"))
+    assert len(data) == 3
+    for index, stem in enumerate(pairs):
+        assert np.array_equal(data[index][1].permute(1, 2, 0), pairs[stem][1])
+    with pytest.raises(DataError, match=r"val/A: no such folder; looked for are A, B, label .*FOLDERS"):
+        LEVIRCD(tmp_path, "val")
+
+
+def test_a_tenth_of_train_is_val_where_there_is_none(tmp_path, capsys):
+    for index in range(25):
+        write_pair(tmp_path / "train", f"{index:02}", *random_pair(RNG, 8, 8))
+    dataset._said.clear()
+    parts = [
+        {data.name(i) for i in range(len(data))} for data in (LEVIRCD(tmp_path, name) for name in ("train", "val"))
+    ]
+    assert len(parts[1]) == 3 and not parts[0] & parts[1] and len(parts[0] | parts[1]) == 25
+    assert capsys.readouterr().out.count("3 of train's 25 pairs, chosen by their names, serve for validation") == 1
+    again = LEVIRCD(tmp_path, "val")
+    assert {again.name(i) for i in range(3)} == parts[1]
+    (tmp_path / "val").mkdir()
+    assert len(LEVIRCD(tmp_path, "train")) == 25
+
+
+def test_composed_and_decomposed_names_are_one(tmp_path):
+    write_pair(tmp_path / "val", "caf\u00e9", *random_pair(RNG, 8, 8))
+    (tmp_path / "val" / "B" / "caf\u00e9.png").rename(tmp_path / "val" / "B" / "cafe\u0301.png")
+    assert len(LEVIRCD(tmp_path, "val")) == 1
+
+
+def test_home_is_a_tilde(tmp_path, monkeypatch):
+    write_pair(tmp_path / "set" / "val", "x", *random_pair(RNG, 8, 8))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(LEVIRCD("~/set", "val", cache_dir="~/cache")) == 1 and (tmp_path / "cache").is_dir()
+
+
+def test_workers_are_as_many_as_the_cores_that_may_be_used(tmp_path):
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 8, 8))
+    held = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(held)})
+    try:
+        assert dataset.usable_cores() == 1
+        assert dataset.make_loader(LEVIRCD(tmp_path, "val"), 1, None, on_gpu=True).num_workers == 1
+    finally:
+        os.sched_setaffinity(0, held)
+
+
+def test_a_log_gets_whole_lines(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(dataset.sys, "stderr", written)
+    clock = iter(np.arange(0, 3000, 20.0))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    with dataset.progress(total=60, desc="epoch 1", unit="pair") as bar:
+        bar._time = lambda: next(clock)
+        for _ in range(60):
+            bar.update()
+    lines = written.getvalue().splitlines()
+    assert len(lines) >= 10 and all(line.startswith("epoch 1: ") and "pair" in line for line in lines)
+    assert "\r" not in written.getvalue()
 
 
 # Tiles and crops

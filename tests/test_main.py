@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import PROCESSES, ROOT, as_torchrun, random_pair, start, start_main, write_pair, write_tiny
 from kill_and_resume import wrong_steps
+from PIL import Image
 from scipy.special import logit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -199,7 +200,7 @@ def test_failed_runs_are_told_so(tiny, monkeypatch):
 
 
 def test_signals_end_it_without_a_traceback(tiny):
-    codes = {signal.SIGINT: 130, signal.SIGTERM: 143}
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
     constants = QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny, "NUM_WORKERS": 1}
     runs = {number: start_main(**constants | {"RUN_NAME": number.name}) for number in codes}
     for number, run in runs.items():
@@ -282,14 +283,15 @@ def test_constants_edited_by_hand_without_data_or_its_programs(edited, tiny):
     command = [sys.executable, "visualize.py", "runs/run/best.pt", tiny / "val" / "A", tiny / "val" / "B"]
     done = subprocess.run([*command, "--device", "cpu"], cwd=tiny.parent / "copy", capture_output=True, text=True)
     assert done.returncode == 0 and "masks/pair_1.png: " in done.stdout, done.stderr
-
-
-def test_what_is_edited_wrongly_is_one_line(edited):
-    for line, words in (("EPOCHS = 'ten'", "EPOCHS=ten: must be a whole number"), ("EPOCHS: int = 0", "EPOCHS=0: ")):
-        said, code = edited(EPOCHS=line)
-        assert code == 1 and said.startswith(f"error: {words}") and said.count("\n") == 1
     said, code = edited()
     assert code == 1 and said.splitlines()[-1].startswith("error: DATA_DIR=data: no train in it, nor make_demo.py")
+
+
+def test_what_is_edited_wrongly_is_one_line(monkeypatch):
+    for value, words in (("ten", "EPOCHS=ten: must be a whole number, 1 or more"), (0, "EPOCHS=0: must be")):
+        monkeypatch.setattr(main, "EPOCHS", value)
+        with pytest.raises(OptionError, match=words):
+            main.configure({})
 
 
 def test_what_is_edited_counts_for_the_demo_too(monkeypatch):
@@ -325,6 +327,126 @@ def test_learning_rate_rises_then_falls():
     assert main.warmup_cosine(0, 0, 10) == 1 and main.warmup_cosine(3, 0, 6) == pytest.approx(
         math.cos(math.pi / 4) ** 2
     )
+
+
+# Data of other kinds
+
+
+def test_a_mask_of_254_trains_validates_and_scores(tiny, capsys):
+    """As an official mask of LEVIR-CD is, test_18: 35 pixels of 254 amid 0 and 255."""
+    for split in ("train", "val", "test"):
+        file = tiny / split / "label" / "pair_0.png"
+        mask = np.array(Image.open(file))
+        mask.flat[np.flatnonzero(mask)[:35]] = 254
+        Image.fromarray(mask).save(file)
+    scores = main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1})
+    said = capsys.readouterr().out
+    assert scores.keys() >= {"val_iou", "test_iou"}
+    for split, pairs in (("train", 4), ("val", 2), ("test", 2)):
+        line = f"{split}: 1 of {pairs} masks hold other values than 0 and 255: from 128 on it is change (the first is"
+        assert said.count(line) == 1
+
+
+def test_other_folders_no_val_and_a_test_without_masks(tiny, capsys):
+    shutil.rmtree(tiny / "val")
+    shutil.rmtree(tiny / "test" / "label")
+    for split in ("train", "test"):
+        for old, new in (("A", "time1"), ("B", "time2")):
+            (tiny / split / old).rename(tiny / split / new)
+    scores = main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "FOLDERS": "time1 time2 label"})
+    said = capsys.readouterr().out
+    assert "1 of train's 4 pairs" in said and f"{tiny}/test: no masks in it, so there is nothing to score" in said
+    assert "val_iou" in scores and "test_iou" not in scores
+    with pytest.raises(OptionError, match="FOLDERS=A B: must be three names"):
+        main.configure({"FOLDERS": "A B"})
+
+
+@pytest.mark.parametrize("place", ["data/A/x.png", "data/mine/before/x.TIF", "data/x.jpg"])
+def test_no_demo_over_images_of_another_layout(place):
+    Path(place).parent.mkdir(parents=True)
+    Path(place).touch()
+    with pytest.raises(OptionError, match=f"{place}: images, but not where they are looked for, in .*data/train"):
+        main.main()
+    assert not Path("data/demo").exists()
+
+
+def test_a_demo_beside_a_demo_and_a_cache():
+    for name in ("data/demo/train/A/x.png", "data/demo_classes/val/B/x.png", "data/cache/x.npy", "data/README.md"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    assert not main.holds_data({"FOLDERS": "A B label", "SPLIT": "test"})
+
+
+def test_a_checkpoint_knows_the_data_it_was_trained_on(tiny, capsys):
+    scores = main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "CACHE_DIR": None})
+    capsys.readouterr()
+    again = main.main(EVALUATE="runs/run/best.pt", DEVICE="cpu")
+    said = capsys.readouterr().out
+    assert again == {name: value for name, value in scores.items() if name.startswith("test_")}
+    assert said.startswith(f"{tiny}, test; ") and "DEMO" not in said
+    shutil.rmtree(tiny)
+    with pytest.raises(DataError, match=f"{tiny}/test/A: no such folder"):
+        main.main(EVALUATE="runs/run/best.pt", DEVICE="cpu")
+
+
+def test_without_change_the_epoch_is_picked_by_its_loss(tiny, capsys):
+    for file in (tiny / "val" / "label").iterdir():
+        Image.new("L", (64, 64)).save(file)
+    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 4, "LEARNING_RATE": 1e-4})
+    assert "no mask of val holds any change, so the best epoch is picked by the loss" in capsys.readouterr().out
+    with open("runs/run/metrics.csv") as file:
+        losses = [float(row["val_loss"]) for row in csv.DictReader(file)]
+    assert torch.load("runs/run/best.pt", weights_only=True)["epoch"] == 1 + int(np.argmin(losses)) > 1
+
+
+def test_of_equal_ious_the_lower_loss_is_better():
+    rows = [{"val_iou": 0.0, "val_loss": loss} for loss in (0.9, 0.7, 0.8)]
+    assert max(rows, key=lambda row: main.merit(row, True)) == rows[1]
+    assert main.merit({"val_iou": 0.1, "val_loss": 9.0}, True) > main.merit(rows[1], True)
+
+
+def test_statistics_are_right_after_few_steps(tiny, capsys):
+    """Of the two steps that an epoch has here, running averages would hold a fifth."""
+    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "BATCH_SIZE": 8, "AMP": False})
+    assert "BATCH_SIZE=8 leaves 2 steps an epoch" in capsys.readouterr().out
+    model = FusionUNet.load("runs/run/best.pt", "cpu")
+    seen = []
+    model.fuse2.mix[0].register_forward_hook(lambda _, __, output: seen.append(output.mean((0, 2, 3))))
+    with torch.no_grad():
+        for seed in range(8):
+            items = [LEVIRCD(tiny, "train", 32, augment=True)[index, seed] for index in range(16)]
+            image_a, image_b, _ = map(torch.stack, zip(*items, strict=True))
+            model(image_a, image_b)
+    expected, norm = torch.stack(seen).mean(0), model.fuse2.mix[1]
+    assert (norm.running_mean - expected).abs().max() < 0.5 * expected.abs().max()
+
+
+def test_fine_tuning_starts_from_a_checkpoint(tiny):
+    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "RUN_NAME": "first"})
+    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "WEIGHTS": "runs/first/best.pt", "LEARNING_RATE": 0.0})
+    first, second = (torch.load(f"runs/{name}/best.pt", weights_only=True)["model"] for name in ("first", "run"))
+    trained = [name for name in first if name.endswith(("conv.weight", ".0.weight", "head.bias"))]
+    assert trained and all(torch.equal(first[name], second[name]) for name in trained)
+    with pytest.raises(ModelError, match=r"WEIGHTS=runs/first/best\.pt: of .* keys .* are missing or of another shape"):
+        main.main(
+            **QUICK | {"DATA_DIR": str(tiny), "WEIGHTS": "runs/first/best.pt", "BACKBONE": "resnet50", "RUN_NAME": "x"}
+        )
+
+
+def test_faults_of_the_machine_are_one_line(tiny):
+    """RANK alone is no torchrun; the others end with what to do."""
+    small = [f"DATA_DIR={tiny}", "BACKBONE=resnet18", "WEIGHTS=None", "CROP_SIZE=32", "EPOCHS=1", "CACHE_DIR=None"]
+    cases = {
+        ("BATCH_SIZE=1",): (1, "BatchNorm has a single value a channel"),
+        ("DEVICE=meta",): (1, "DEVICE=meta: "),
+        ("BATCH_SIZE=4", "RUN_NAME=alone"): (0, "best epoch's validation IoU"),
+    }
+    for arguments, (code, words) in cases.items():
+        Path("output.txt").unlink(missing_ok=True)
+        done = start("main.py", *small, "DEVICE=cpu", *arguments, RANK="0")
+        done.join()
+        said = Path("output.txt").read_text()
+        assert done.exitcode == code and words in said.splitlines()[-1] and "Traceback" not in said, said
 
 
 # Killed, resumed

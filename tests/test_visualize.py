@@ -1,7 +1,11 @@
 """Pictures, the masks of files, and that these lie where their images lie."""
 
 import ast
+import os
 import re
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from dataset import LEVIRCD, DataError
+from dataset import LEVIRCD, DataError, Tiff, read_image
 from model import FusionUNet
 from visualize import (
     CLASSES,
@@ -333,6 +337,122 @@ def test_a_geotiff_comes_out_of_geotiffs(checkpoint, capsys):
     assert Place(Path("x.png")).affine.tolist() == Place(Path("a.tif")).affine.tolist()
 
 
+def test_one_bad_pair_does_not_end_the_others(checkpoint, capsys):
+    write_images("split/A/x.png", "split/A/y.png", "split/A/city/z.png")
+    write_images("split/B/x.png", "split/B/y.png", "split/B/city/z.png")
+    Path("split/B/x.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="1 of 3 pairs couldn't be predicted"):
+        write_masks(checkpoint, "split", device="cpu")
+    said = capsys.readouterr().out
+    assert "split/B/x.png: can't be read" in said and "masks/y.png: " in said
+    held = Path("masks/y.png").stat().st_mtime_ns
+    write_images("split/B/x.png")
+    write_masks(checkpoint, "split", device="cpu")
+    said = capsys.readouterr().out
+    assert "masks/y.png: is there already" in said and "1 to predict" in said and Path("masks/city/z.png").exists()
+    assert Path("masks/y.png").stat().st_mtime_ns == held
+    write_masks(checkpoint, "split", overwrite=True, device="cpu")
+    assert Path("masks/y.png").stat().st_mtime_ns > held
+
+
+def test_folders_of_other_names(checkpoint):
+    write_images("split/time1/x.png", "split/time2/x.png")
+    write_masks(checkpoint, "split", folders="time1 time2", device="cpu")
+    assert Path("masks/x.png").exists()
+
+
+def test_void_pixels_are_neither_predicted_nor_counted(checkpoint, capsys):
+    write_images("a.tif", "b.tif", tiffinfo=geotags(nodata=" 7 "))
+    image = np.array(Image.open("b.tif"))
+    image[:10], image[10, :5, 0] = 7, 7  # one band alone is no void
+    Image.fromarray(image).save("b.tif", tiffinfo=geotags(nodata=" 7 "))
+    write_masks(checkpoint, "a.tif", "b.tif", threshold=0.0, probability=True, device="cpu")
+    with Image.open("mask.tif") as mask:
+        assert NO_DATA not in mask.tag_v2
+        assert not np.asarray(mask)[:10].any() and np.asarray(mask)[10:].all()
+    assert not np.asarray(Image.open("mask_probability.tif"))[:10].any()
+    assert "1,680 of 1,680 pixels changed (100.00%), 420.0 m²" in capsys.readouterr().out
+
+
+def test_several_classes_are_seen_in_a_mask(model_of_two, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(model_of_two.checkpoint(), "best.pt")
+    write_images("a.png", "b.png")
+    for name in ("mask.png", "mask.tif"):
+        write_masks("best.pt", "a.png", "b.png", out=name, overwrite=True, device="cpu")
+        with Image.open(name) as mask:
+            shown = np.asarray(mask.convert("RGB"))[np.asarray(mask) == 1]
+            assert mask.mode == "P" and (shown == np.round(255 * np.array(to_rgb(CLASSES[0])))).all()
+
+
+def shifted(tags: ImageFileDirectory_v2, x: float, y: float) -> ImageFileDirectory_v2:
+    tags[33922] = (0.0, 0.0, 0.0, 600_000 + 0.5 * x, 3_400_000.125 - 0.5 * y, 0.0)
+    return tags
+
+
+@pytest.mark.parametrize("offset", [(3, 2), (-3, 2.02), (0, -5)])
+def test_two_images_are_aligned_to_what_they_share(checkpoint, offset, capsys):
+    x, y = (round(each) for each in offset)
+    ground = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(ground[10:50, 10:66]).save("a.tif", tiffinfo=shifted(geotags(), 0, 0))
+    Image.fromarray(ground[10 + y : 51 + y, 10 + x : 66 + x]).save("b.tif", tiffinfo=shifted(geotags(), *offset))
+    with pytest.raises(DataError, match=r"b\.tif"):
+        write_masks(checkpoint, "a.tif", "b.tif", device="cpu")
+    write_masks(checkpoint, "a.tif", "b.tif", align=True, threshold=0.0, device="cpu")
+    shared = min(40, 41 + y) - max(y, 0), 56 - abs(x)
+    assert np.asarray(Image.open("mask.tif")).shape == shared
+    corner = Place(Path("mask.tif")).affine[:2]
+    assert corner.tolist() == [600_000 + 0.5 * max(x, 0), 3_400_000.125 - 0.5 * max(y, 0)]
+
+
+def test_sizes_that_differ_by_a_row_are_aligned_where_no_place_is_known(checkpoint):
+    write_images("a.png")
+    write_images("b.png", size=(41, 55))
+    with pytest.raises(DataError, match=r"55 × 41 pixels, but .* has 56 × 40"):
+        write_masks(checkpoint, "a.png", "b.png", device="cpu")
+    write_masks(checkpoint, "a.png", "b.png", align=True, device="cpu")
+    assert Image.open("mask.png").size == (55, 40)
+
+
+def test_off_one_grid_nothing_is_aligned(checkpoint):
+    write_images("a.tif", tiffinfo=shifted(geotags(), 0, 0))
+    write_images("b.tif", tiffinfo=shifted(geotags(), 0.4, 0))
+    with pytest.raises(DataError, match=r"by 0\.400 pixels right and 0\.000 down"):
+        write_masks(checkpoint, "a.tif", "b.tif", align=True, device="cpu")
+
+
+def test_larger_images_than_allowed(checkpoint):
+    write_images("a.png", "b.png")
+    done = start("visualize.py", "best.pt", "a.png", "b.png", "--max-pixels", "2000", "--device", "cpu")
+    done.join()
+    said = Path("output.txt").read_text()
+    assert done.exitcode == 1 and "a.png: 56 × 40 pixels are more than 2,000; cut it, or raise --max-pixels" in said
+
+
+def test_a_console_of_few_letters(checkpoint):
+    write_images("a.tif", "b.tif", tiffinfo=geotags())
+    command = [sys.executable, ROOT / "visualize.py", "best.pt", "a.tif", "b.tif", "--device", "cpu"]
+    for encoding in ("ascii", "cp932"):
+        done = subprocess.run(
+            [*command, "--overwrite"], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True
+        )
+        assert done.returncode == 0 and b" m" in done.stdout, done.stderr
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_in_letters_that_no_font_has(model, tmp_path):
+    data = Recorder(1)
+    data.name = lambda _: "東京 서울 \U00012000"
+    plot_predictions(model, data, device="cpu", path=tmp_path / "x.png")
+
+
+def test_pil_images_are_predicted_and_floats_up_to_255_refused(model):
+    pair = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 56, 3), dtype=np.uint8)) for i in range(2)]
+    assert torch.equal(model.predict(*pair), model.predict(*map(np.asarray, pair)))
+    with pytest.raises(DataError, match=r"a float image is in 0\.\.1, not 0 to 255: divide it by 255"):
+        model.predict(*(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() for image in pair))
+
+
 def test_the_command_line(checkpoint):
     write_images("a.png", "b.png")
     done = start(
@@ -480,3 +600,86 @@ def test_metres_without_a_place_are_no_area(tmp_path):
     tags = geotags()
     del tags[33550], tags[33922]
     assert Place(write_tiff(tmp_path / "a.tif", tags)).pixel_area() is None
+
+
+# Rasters as GDAL writes them
+
+
+def entries(path: Path) -> dict[int, int]:
+    """Where the entries of the first directory of a little-endian TIFF begin, by tag."""
+    data = path.read_bytes()
+    place = struct.unpack_from("<I", data, 4)[0]
+    count = struct.unpack_from("<H", data, place)[0]
+    return {struct.unpack_from("<H", data, place + 2 + 12 * i)[0]: place + 2 + 12 * i for i in range(count)}
+
+
+@pytest.mark.parametrize("bands", [3, 4])
+def test_bands_that_call_themselves_grey(tmp_path, bands):
+    """Photometric 1, MINISBLACK, as gdal_translate writes bands without a colour."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, bands), dtype=np.uint8)
+    path = tmp_path / "x.tif"
+    Image.fromarray(pixels).save(path, tiffinfo={338: 0} if bands == 4 else {})
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<H", data, entries(path)[262] + 8, 1)
+    path.write_bytes(data)
+    with pytest.raises(Image.UnidentifiedImageError):
+        Image.open(path)
+    rgb, void = read_image(path)
+    assert np.array_equal(rgb, pixels[..., :3]) and void is None
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_a_mask_inside_the_file_and_overviews(tmp_path, big):
+    """Pages of subfile type 4 and 1: void where the first is 0, the full size is the image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    valid = np.random.default_rng(1).random((40, 60)) > 0.3
+    pages = [Image.fromarray(valid), Image.fromarray(pixels).reduce(2)]
+    path = tmp_path / "x.tif"
+    Image.fromarray(pixels).save(path, save_all=True, append_images=pages, big_tiff=big)
+    tiff, data = Tiff(path), bytearray(path.read_bytes())
+    _, mask, overview = tiff.directories.values()
+    value = 12 if big else 8
+    struct.pack_into("<H", data, mask[262] + value, 4)  # TRANSPARENCY_MASK, which Pillow doesn't know
+    for directory, kind in ((mask, 4), (overview, 1)):  # the strips' rows become the subfile's type
+        struct.pack_into("<HHI" if not big else "<HHQ", data, directory[278], 254, 4, 1)
+        struct.pack_into("<I", data, directory[278] + value, kind)
+    path.write_bytes(data)
+    rgb, void = read_image(path)
+    assert np.array_equal(rgb, pixels) and np.array_equal(void, ~valid)
+
+
+def test_a_point_is_a_pixels_middle(tmp_path):
+    point = geotags(x=600_000.25, keys=(*geokeys()[:3], 4, *geokeys()[4:], 1025, 0, 1, 2))
+    point[33922] = (0.0, 0.0, 0.0, 600_000.25, 3_399_999.875, 0.0)
+    pair = write_tiff(tmp_path / "a.tif", geotags()), write_tiff(tmp_path / "b.tif", point)
+    assert Place(pair[1]).affine.tolist() == Place(pair[0]).affine.tolist()
+    common_place(*pair)
+    Place(pair[1]).save(np.zeros((6, 8), np.uint8), tmp_path / "mask.png")
+    assert (tmp_path / "mask.pgw").read_text() == WORLD.replace("0\n", "0.0\n")
+    with pytest.raises(DataError, match=r"by 0\.500 pixels right"):
+        common_place(pair[0], write_tiff(tmp_path / "c.tif", geotags(x=600_000.25)))
+
+
+@pytest.mark.parametrize("text", ["0", "0.0", " 255 ", "255.0", "7"])
+def test_no_data_of_bytes_is_not_copied(tmp_path, text):
+    assert NO_DATA not in Place(write_tiff(tmp_path / "a.tif", geotags(nodata=text))).tags
+    assert NO_DATA in Place(write_tiff(tmp_path / "b.tif", geotags(nodata="nan"))).tags
+
+
+def test_what_tells_the_place_beside_the_image_is_carried_or_said_to_be_lost(tmp_path):
+    for suffix in (".wld", ".pngw"):
+        path = write_png(tmp_path / f"{suffix[1:]}.png", None)
+        Path(f"{path}w" if suffix == ".pngw" else path.with_suffix(suffix)).write_text(WORLD)
+        path.with_suffix(".prj").write_text("PROJCS")
+        lost = Place(path).save(np.zeros((6, 8), np.uint8), tmp_path / "mask.png")
+        assert (tmp_path / "mask.pgw").read_text() == WORLD and (tmp_path / "mask.prj").read_text() == "PROJCS"
+        assert lost == []
+    Path(f"{path}.aux.xml").write_text("<PAMDataset/>")
+    assert "wld.png" in str(path) or "pngw.png.aux.xml says" in Place(path).save(np.zeros((6, 8), np.uint8), path)[0]
+    points = geotags()
+    del points[33550]
+    points[33922] = tuple(float(value) for value in range(18))
+    place = Place(write_tiff(tmp_path / "gcp.tif", points))
+    assert place.save(np.zeros((6, 8), np.uint8), tmp_path / "gcp_mask.tif") == []
+    assert Image.open(tmp_path / "gcp_mask.tif").tag_v2[33922] == points[33922]
+    assert "ground control points" in place.save(np.zeros((6, 8), np.uint8), tmp_path / "gcp_mask.png")[0]
