@@ -480,7 +480,10 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         try:
             void = _void(path, image) if image.format == "TIFF" else None
             alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-            rgb = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            rgb = np.empty((image.height, image.width, 3), np.uint8)
+            for y in range(0, image.height, 1024):  # in pieces: Pillow's own way makes two copies on its way
+                piece = image.crop((0, y, image.width, min(y + 1024, image.height)))
+                rgb[y : y + 1024] = piece if piece.mode == "RGB" else piece.convert("RGB")
         except Exception as error:
             raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
         if (no_data := no_data_value(image)) is not None:

@@ -356,10 +356,10 @@ def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place
     files[0].parent.mkdir(parents=True, exist_ok=True)
     binary = chance.ndim == 2
     factor = -(-max(mask.shape) // OVERLAY_SIDE)
-    picture = np.asarray(Image.fromarray(image).reduce(factor)).astype(np.float32)
+    picture = _reduced(image, factor).astype(np.float32)
     colours = [OUTCOMES["missed"]] if binary else _class_colours(len(chance))[1:]
     for kind, colour in enumerate(colours, 1):
-        share = np.asarray(Image.fromarray((mask == kind) * np.uint8(255)).reduce(factor))[..., None] / 255 * 0.6
+        share = _reduced((mask == kind).view(np.uint8) * np.uint8(255), factor)[..., None] / 255 * 0.6
         picture = picture * (1 - share) + 255 * np.array(to_rgb(colour)) * share
     palette = None if binary else _class_colours(len(chance))
     for lost in place.save(mask * np.uint8(255) if binary else mask, files[0], palette):
@@ -369,6 +369,12 @@ def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place
         chance = chance if binary else chance.sum(0).clip(max=1)
         chance *= 65535
         place.save(chance.round(out=chance).astype(np.uint16), file)
+
+
+def _reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Made smaller by the mean of factor × factor pixels, in pieces, which takes no second copy of a large image."""
+    pieces = [pixels[y : y + 256 * factor] for y in range(0, len(pixels), 256 * factor)]
+    return np.concatenate([np.asarray(Image.fromarray(piece).reduce(factor)) for piece in pieces])
 
 
 # Where on the ground
