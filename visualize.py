@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
+
 import argparse
 import contextlib
 import csv
 import itertools
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -534,7 +541,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folders", default="A B", metavar='"A B"', help="their names, where one folder holds both")
     parser.add_argument("--align", action="store_true", help="crop both images to what they share")
     parser.add_argument("--overwrite", action="store_true", help="write masks anew that are there already")
-    parser.add_argument("--max-pixels", type=int, default=dataset.MAX_PIXELS, metavar="N", help="an image may hold")
+    parser.add_argument(
+        "--max-pixels", type=int, default=dataset.MAX_PIXELS, metavar="N", help="that an image may have (400 million)"
+    )
     parser.add_argument("--device", help="cpu, cuda:1, … (the GPU where there is one)")
     parser.error = lambda message: sys.exit(f"error: {message}; see python visualize.py --help")
     options = parser.parse_args()
@@ -543,13 +552,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
     try:
         write_masks(**vars(parse_arguments()))
     except Exception as error:
         if (line := explanation(error, memory="--tile-size")) is None:
             raise
         sys.exit(f"error: {line}")
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -31,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 import metrics
+import model as program
 from data.make_demo import make_demo
 from dataset import LEVIRCD, DataError, RandomBatches, color_jitter, make_loader, written_whole
 from losses import CombinedIoULoss
@@ -254,11 +255,13 @@ def test_what_is_allowed_agrees_with_the_constants():
 @pytest.fixture
 def edited(tmp_path):
     """Runs a copy of the repository whose main.py has some lines replaced; what it prints, and its exit code."""
-    shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "data", "runs", "images", "tests"))
-    (tmp_path / "copy" / "data").mkdir()
+    shutil.copytree(
+        ROOT, tmp_path / "user's copy", ignore=shutil.ignore_patterns(".*", "data", "runs", "images", "tests")
+    )
+    (tmp_path / "user's copy" / "data").mkdir()
 
     def run(*arguments: str, **lines: str) -> tuple[str, int]:
-        file = tmp_path / "copy" / "main.py"
+        file = tmp_path / "user's copy" / "main.py"
         text = (ROOT / "main.py").read_text()
         for name, line in lines.items():
             text, count = re.subn(rf"^{name}: .*$", line, text, flags=re.MULTILINE)
@@ -266,7 +269,7 @@ def edited(tmp_path):
         file.write_text(text)
         environment = os.environ | {"PYTHONPATH": ""}
         command = [sys.executable, file, *arguments]
-        done = subprocess.run(command, cwd=tmp_path / "copy", env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path / "user's copy", env=environment, capture_output=True, text=True)
         return done.stdout + done.stderr, done.returncode
 
     return run
@@ -278,10 +281,12 @@ def test_constants_edited_by_hand_without_data_or_its_programs(edited, tiny):
     constants = [f"DATA_DIR={tiny}", "WEIGHTS=None", "CROP_SIZE=32", "BATCH_SIZE=4", "RUN_NAME=run"]
     said, code = edited(*constants, **lines)
     assert code == 0 and "epoch 1/1" in said, said
-    record = json.loads((tiny.parent / "copy" / "runs" / "run" / "constants.json").read_text())["constants"]
+    record = json.loads((tiny.parent / "user's copy" / "runs" / "run" / "constants.json").read_text())["constants"]
     assert (record["EPOCHS"], record["BACKBONE"], record["SEED"]) == (1, "resnet18", 3)
     command = [sys.executable, "visualize.py", "runs/run/best.pt", tiny / "val" / "A", tiny / "val" / "B"]
-    done = subprocess.run([*command, "--device", "cpu"], cwd=tiny.parent / "copy", capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--device", "cpu"], cwd=tiny.parent / "user's copy", capture_output=True, text=True
+    )
     assert done.returncode == 0 and "masks/pair_1.png: " in done.stdout, done.stderr
     said, code = edited()
     assert code == 1 and said.splitlines()[-1].startswith("error: DATA_DIR=data: no train in it, nor make_demo.py")
@@ -702,6 +707,39 @@ def test_a_server_that_comes_late_stalls_and_dies(server, tiny, monkeypatch, cap
     assert "MLflow" not in capsys.readouterr().out and wrong_steps("run") == []
     files = {str(file.relative_to(server.folder)) for file in (server.folder / "artifacts").rglob("*")}
     assert {"best.pt", "metrics.csv", "predictions"} <= {Path(file).name for file in files}
+
+
+def test_names_of_the_environment_and_an_experiment_that_was_deleted(tiny, tracking_uri, monkeypatch):
+    client = mlflow.MlflowClient(tracking_uri)
+    where = client.create_experiment("mine")
+    client.delete_experiment(where)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    monkeypatch.setenv("MLFLOW_RUN_NAME", "a name")
+    record = {"constants": {"DATA_DIR": "tiny"}, "data": {}, "id": "7", "demo": False, "git": "x"}
+    twin = metrics.MLflowRun("run", record)
+    twin.send([{"train_loss": 0.5}])
+    (run,) = client.search_runs([where])
+    assert (run.info.run_name, run.data.metrics) == ("a name", {"train_loss": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), "the memory ran out"),
+        (
+            RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0.\nUnable to allocate"),
+            "memory ran out",
+        ),
+        (
+            ValueError("Expected more than 1 value per channel when training, got input size [1, 9, 1, 1]"),
+            "BatchNorm",
+        ),
+        (KeyError("a fault of the program"), None),
+    ],
+)
+def test_what_is_no_fault_of_the_program_has_a_line(error, words):
+    line = program.explanation(error, memory="BATCH_SIZE")
+    assert line is None if words is None else words in line and "\n" not in line
 
 
 def test_a_stalled_server_is_asked_once_a_minute(monkeypatch):

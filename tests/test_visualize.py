@@ -280,6 +280,12 @@ def test_the_mask_of_several_classes(model_of_two, tmp_path, monkeypatch, capsys
         assert f"mask.png: {count:,} of 2,240 pixels of class {number} ({count / 2240:.2%}), {4 * count:,.1f} m²" in out
 
 
+def test_files_without_a_suffix_are_opened_by_their_content(checkpoint):
+    write_images("before", "after", format="PNG")
+    write_masks(checkpoint, "before", "after", device="cpu")
+    assert Path("mask.png").exists()
+
+
 def test_the_masks_of_folders_are_paired_by_stem(checkpoint):
     write_images("split/A/x.png", "split/A/y.jpg", "split/B/x.tif", "split/B/y.png")
     write_masks(checkpoint, "split", device="cpu")
@@ -432,11 +438,9 @@ def test_larger_images_than_allowed(checkpoint):
 def test_a_console_of_few_letters(checkpoint):
     write_images("a.tif", "b.tif", tiffinfo=geotags())
     command = [sys.executable, ROOT / "visualize.py", "best.pt", "a.tif", "b.tif", "--device", "cpu"]
-    for encoding in ("ascii", "cp932"):
-        done = subprocess.run(
-            [*command, "--overwrite"], env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True
-        )
-        assert done.returncode == 0 and b" m" in done.stdout, done.stderr
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0 and b" m?" in done.stdout, done.stderr
 
 
 @pytest.mark.filterwarnings("error")
