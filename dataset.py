@@ -540,7 +540,9 @@ def read_mask(path: Path, num_classes: int = 1, ignore: int | None = None) -> tu
         meant = "0 and 255 (or 0 and 1)" if num_classes == 1 else f"0 to {num_classes}"
         shown = ", ".join(map(str, present[:6])) + (", …" if len(present) > 6 else "")
         two = highest == 255 and max(below, default=0) < 128
-        advice = "give IGNORE=255 if 255 is not to be looked at, else mend the mask" if two else "save it as PNG"
+        advice = "save it as PNG"
+        if two:  # readings
+            advice = "give IGNORE=255 if 255 is not to be looked at, or make the other values 0 if 255 is change"
         raise DataError(
             f"{path}: a mask holds {meant} alone where NUM_CLASSES={num_classes}, this one {shown}; {advice}"
         )
@@ -575,8 +577,12 @@ def _mask_values(path: Path, num_classes: int) -> tuple[np.ndarray, int]:
     if (colours == colours[..., :1]).all():
         return (values if not paletted or colours.max() != 1 else colours[..., 0]), 0
     hues = np.unique(colours[values > values.max() - NEAR] > (0 if paletted else 127), axis=0)
-    if num_classes > 1 or len(hues) != 1 or not black.any():
-        raise DataError(f"{path}: a mask holds 0 and 255, or one colour on black, not {len(hues)} colours")
+    if num_classes > 1:
+        raise DataError(f"{path}: coloured; the classes of a mask are numbers, as grey values or of a palette")
+    if len(hues) != 1 or not black.any():
+        raise DataError(
+            f"{path}: a mask holds 0 and 255, or one colour on black, this one is a picture or holds several colours"
+        )
     return values, 0 if hues.all() else 2
 
 

@@ -394,9 +394,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise ModelError(f"{path}: no such checkpoint; {CHECKPOINTS}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"checksum of {damaged}")
+        if zipfile.is_zipfile(path):  # older weights are none
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"checksum of {damaged}")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load has no error of its own: a broken file raises what its reader meets
         raise ModelError(f"{path}: no checkpoint, or a damaged one ({type(error).__name__}); {CHECKPOINTS}") from error

@@ -144,8 +144,10 @@ def noise(pairs: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, 
 
 
 def write_noise(folder: Path, pairs: int, size: int, drawn: int = 4) -> None:
-    """A split train of noise, the first few pairs over and over again."""
+    """A split train of noise, the first few pairs over and over again; val is the same."""
     rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    (folder / "val").symlink_to("train")  # else a tenth of train would be val
     for part in ("A", "B", "label"):
         (folder / "train" / part).mkdir(parents=True)
         for index in tqdm(range(pairs), f"writing {part}", leave=False, disable=None):
@@ -264,7 +266,9 @@ def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
     shares, rates = [], []
     for _ in range(2):
         loader.seconds, start = 0.0, time.perf_counter()
-        with patch("main.evaluate", lambda *_: 1 / 0), contextlib.suppress(ZeroDivisionError):  # the epoch is over
+        # Once the steps are done, with no statistics of BatchNorm taken anew, it is over.
+        over = patch.multiple(main, SETTLED_AFTER=0, evaluate=lambda *_: 1 / 0)
+        with over, contextlib.suppress(ZeroDivisionError):
             main.train(trainer.model, {"train": loader, "val": loader}, SimpleNamespace(**constants), None, None)
         seconds = time.perf_counter() - start
         rates.append(len(loader) * pairs / seconds)
@@ -318,7 +322,6 @@ def starting(table: Table, folder: Path) -> None:
     """From the command to the first step."""
     heading("start-up")
     write_noise(folder / "small", 2, 128)
-    (folder / "small" / "val").symlink_to("train")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     command = [sys.executable, "-c", FIRST_STEP, str(time.time()), str(folder / "small"), table.device.type]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

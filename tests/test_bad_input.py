@@ -323,7 +323,7 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object], str]] = {
         put("label", saved(coloured(MASK, (255, 0, 0)), ".jpg", quality=95, subsampling=0)), mask_is(MASK), "",
     ),
     "mask: red and white on black": (
-        put("label", saved(coloured(MASK, (255, 0, 0), (255, 255, 255)))), LOAD, "one colour on black, not 2 colours",
+        put("label", saved(coloured(MASK, (255, 0, 0), (255, 255, 255)))), LOAD, "one colour on black, this one is",
     ),
     "mask: a palette of black and brown": (
         put("label", saved(paletted(MASK, (0, 0, 0), (90, 60, 20)))), mask_is(MASK), "",

@@ -16,7 +16,7 @@ from dataset import LEVIRCD
 
 
 @pytest.fixture
-def server(tmp_path):
+def archives(tmp_path):
     """Archives of one pair each: (their folder, their address, their checksums, the paths that were asked for)."""
     served, asked = tmp_path / "served", []
     served.mkdir()
@@ -37,8 +37,8 @@ def server(tmp_path):
         httpd.shutdown()
 
 
-def test_fetches_unpacks_and_skips_what_is_there(server, tmp_path):
-    _, url, md5, asked = server
+def test_fetches_unpacks_and_skips_what_is_there(archives, tmp_path):
+    _, url, md5, asked = archives
     download(tmp_path / "data", url, md5)
     for split in MD5:
         assert LEVIRCD(tmp_path / "data", split).name(0) == f"{split}_1"
@@ -48,8 +48,8 @@ def test_fetches_unpacks_and_skips_what_is_there(server, tmp_path):
     assert asked == []
 
 
-def test_goes_on_where_it_stopped(server, tmp_path):
-    served, url, md5, asked = server
+def test_goes_on_where_it_stopped(archives, tmp_path):
+    served, url, md5, asked = archives
     archive = served / "val.zip"
     held, whole = archive.read_bytes(), archive
     archive.write_bytes(held[:-20])
@@ -63,8 +63,8 @@ def test_goes_on_where_it_stopped(server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["no such file", "no server"])
-def test_what_cannot_be_fetched(server, tmp_path, fault):
-    served, url, md5, _ = server
+def test_what_cannot_be_fetched(archives, tmp_path, fault):
+    served, url, md5, _ = archives
     if fault == "no such file":
         (served / "train.zip").unlink()
     else:

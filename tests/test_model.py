@@ -14,7 +14,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 import model as program
 from dataset import DataError
-from model import STRIDES, FusionUNet, KernelMuon, ModelError, _blending, make_optimizers
+from model import STRIDES, FusionUNet, KernelMuon, ModelError, _blending, make_optimizers, save
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +324,23 @@ def test_weights_come_from_torchvisions_cache(hub):
     assert torch.equal(model.stages["32"].layer4[2].bn3.weight, trained.layer4[2].bn3.weight)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_of_a_file(tmp_path, legacy):
+    """In torchvision's names, with or without the last layer, and of whatever age."""
+    torch.manual_seed(1)
+    trained = resnet50()
+    states = {name: value for name, value in trained.state_dict().items() if legacy or not name.startswith("fc.")}
+    torch.save(states, tmp_path / "mine.pth", _use_new_zipfile_serialization=not legacy)
+    model = FusionUNet(str(tmp_path / "mine.pth"), freeze_backbone=False)
+    assert torch.equal(model.stages["2"].conv1.weight, trained.conv1.weight)
+    assert torch.equal(model.stages["32"].layer4[2].bn3.weight, trained.layer4[2].bn3.weight)
+    del states["layer4.2.bn3.weight"]
+    torch.save(states | {"more": torch.zeros(1)}, tmp_path / "mine.pth")
+    said = r"of \d+ keys 1 are missing .*, and 1 are unknown, such as layer4\.2\.bn3\.weight, more"
+    with pytest.raises(ModelError, match=said):
+        FusionUNet(str(tmp_path / "mine.pth"))
+
+
 @pytest.mark.parametrize("broken", [None, b"", b"not weights", b"PK\3\4 cut short"])
 def test_weights_that_are_not_to_be_had(hub, monkeypatch, broken):
     monkeypatch.setattr(ResNet50_Weights.IMAGENET1K_V1.value, "url", "http://127.0.0.1:9/resnet50-0676ba61.pth")
@@ -353,17 +370,23 @@ def test_load_gives_the_model_back(tmp_path):
 def test_a_checkpoint_takes_its_frozen_backbone_from_the_best_beside_it(tmp_path):
     torch.manual_seed(0)
     model, other = (FusionUNet(weights=None, backbone="resnet18").eval() for _ in range(2))
-    pair = images(1, 64, 64)
-    torch.save(model.checkpoint(whole=False), tmp_path / "last.pt")
-    torch.save(model.checkpoint(), tmp_path / "best.pt")
-    assert not any("stages" in name for name in torch.load(tmp_path / "last.pt")["model"])
-    torch.testing.assert_close(FusionUNet.load(tmp_path / "last.pt", "cpu")(*pair), model(*pair))
-    torch.save(other.checkpoint(), tmp_path / "best.pt")
-    with pytest.raises(ModelError, match=r"best\.pt: not the backbone that .*last\.pt was trained over; bring back"):
-        FusionUNet.load(tmp_path / "last.pt", "cpu")
-    (tmp_path / "best.pt").unlink()
-    with pytest.raises(ModelError, match=r"best\.pt: no such checkpoint"):
-        FusionUNet.load(tmp_path / "last.pt", "cpu")
+    pair, last, best = images(1, 64, 64), tmp_path / "last.pt", tmp_path / "best.pt"
+    save(model.checkpoint(), best)  # of an earlier epoch
+    nn.init.normal_(model.head.weight)
+    model.threshold = 0.25
+    save(model.checkpoint(), tmp_path / "whole.pt")
+    save(model.checkpoint(whole=False), last)
+    assert not any("stages" in name for name in torch.load(last)["model"])
+    whole, loaded, earlier = (FusionUNet.load(file, "cpu") for file in (tmp_path / "whole.pt", last, best))
+    assert torch.equal(loaded(*pair), whole(*pair)) and not torch.equal(loaded(*pair), earlier(*pair))
+    torch.testing.assert_close(loaded(*pair), model(*pair))
+    assert loaded.threshold == 0.25
+    save(other.checkpoint(), best)
+    with pytest.raises(ModelError, match=r"^\S+best\.pt: not the backbone that \S+last\.pt was trained over; .*\Z"):
+        FusionUNet.load(last, "cpu")
+    best.unlink()
+    with pytest.raises(ModelError, match=r"^\S+best\.pt: no such checkpoint; .*\Z"):  # . is not the end of a line
+        FusionUNet.load(last, "cpu")
 
 
 # Optimizers
