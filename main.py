@@ -318,7 +318,7 @@ def evaluate(
     device, start = model.mean.device, time.perf_counter()
     criterion, metrics = CombinedIoULoss(config.ALPHA), ChangeMetrics(config.NUM_CLASSES)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bfloat16(device))
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, pairs
+    loss_sum, pairs = torch.zeros((), device=device), 0
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # BatchNorm's statistics, which differ on CPUs: those that are saved
     model.eval()
@@ -329,8 +329,10 @@ def evaluate(
                 logits = model(image_a, image_b)
             loss = criterion(logits, label)
             metrics.update(logits, label)
-            sums += torch.stack([loss * len(label), torch.full_like(loss, len(label))])
+            loss_sum += loss * len(label)
+            pairs += len(label)
             bar.update(world() * len(label))
+    sums = torch.tensor([loss_sum.item(), pairs], dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(sums)
     loss, pairs = sums.tolist()
@@ -468,7 +470,7 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     """The constants with the overrides put in, and how the run began: `demo`, and of one to resume its whole record."""
     for name in overrides.keys() - ALLOWED.keys():
         near = difflib.get_close_matches(name.upper(), ALLOWED, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else ";"
         raise OptionError(f"{name}: no such constant{hint} python main.py --help lists them")
     constants = {name: globals().get(name, "") for name in ALLOWED} | overrides
     constants = {name: checked(name, value) for name, value in constants.items()}

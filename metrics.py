@@ -120,10 +120,9 @@ class ChangeMetrics:
 
     def _passed(self) -> np.ndarray:
         """Pixels by likeliest class of change and label, float64 (322, K, 1 + K): all, then those above each step."""
-        counts = self._counts.clone()
+        counts = self._counts.cpu().clone()  # the one host sync
         if distributed.is_initialized():
-            distributed.all_reduce(counts)
-        counts = counts.cpu()  # the one host sync
+            distributed.all_reduce(counts)  # on the CPU: who got no batch has its counts there
         if not counts.any():
             raise ValueError("no pixels were counted: call update first")
         return counts.double().flip(2).cumsum(2).flip(2).movedim(2, 0).numpy()

@@ -406,7 +406,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 def _frozen_beside(path: str | os.PathLike, digest: str) -> dict[str, Tensor]:
     """The frozen backbone that a run's last.pt leaves to its best.pt, where it need not be written at each epoch."""
     best = Path(path).with_name("best.pt")
-    states = read_checkpoint(best)["model"]
+    states = read_checkpoint(best).get("model", {})
     if _digest(states) != digest:
         raise ModelError(f"{best}: not the backbone that {path} was trained over; bring back the one of its run")
     return {name: value for name, value in states.items() if _is_frozen(name)}

@@ -199,7 +199,7 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None =
 def plot_precision_recall(
     curve: dict[str, np.ndarray], thresholds: Sequence[float] = (0.5,), title: str = "", path: str | None = None
 ) -> Figure:
-    """Draw a curve of `ThresholdMetrics` over lines of equal F1, with points at some thresholds; closed for pyplot."""
+    """Draw a curve of `ChangeMetrics` over lines of equal F1, with points at some thresholds; closed for pyplot."""
     figure, axis = plt.subplots(figsize=(5.5, 5), layout="constrained")
     plt.close(figure)
     recall, precision = np.meshgrid(*[np.linspace(0.001, 1, 200)] * 2)
