@@ -275,7 +275,7 @@ def train(
             settle(model, loader, jitter, autocast)
         val, counts = evaluate(model, loaders["val"], config, "validation", config.AMP)
         model.threshold = counts.best_threshold()
-        row |= prefixed("val", val) | {"learning_rate": learning_rate}
+        row |= prefixed("val", val) | {"learning_rate": learning_rate}  # one more number an epoch: here
         if device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         is_best = best is None or merit(row, anything_to_find) > merit(best, anything_to_find)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import logging
 import os
@@ -208,7 +209,7 @@ class ScoreLog:
 
     def epoch(self, row: dict[str, float], picture: Path | None = None) -> None:
         """Take in the next epoch's scores and picture, for the table and TensorBoard; `send` tells MLflow."""
-        self.rows.append(row)
+        self.rows.append({name: float(value) for name, value in row.items()})  # what a checkpoint may hold
         self._write_rows()
         for name, value in row.items():
             self._writer.add_scalar(name.replace("_", "/", name.startswith(("train_", "val_"))), value, len(self.rows))
@@ -236,7 +237,7 @@ class ScoreLog:
         if not self.rows:
             return (self.folder / "metrics.csv").unlink(missing_ok=True)
         rows = [{"epoch": epoch, **row} for epoch, row in enumerate(self.rows, 1)]
-        columns = [name for name in rows[0] if name not in self.NOT_REPEATABLE]
+        columns = [name for name in dict.fromkeys(itertools.chain(*rows)) if name not in self.NOT_REPEATABLE]
         with written_whole(self.folder / "metrics.csv") as file:
             table = csv.DictWriter(file, columns, extrasaction="ignore")
             table.writeheader()
