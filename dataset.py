@@ -341,7 +341,7 @@ class Pairs:
     def load(self, pair: int) -> np.ndarray:
         """uint8 (H, W, 7): three bands before, three after, the label; of a cached one only what is used."""
         if self.cache_dir is None:
-            return self._decode(pair)[0]
+            return self._decode(pair)
         try:
             return np.load(self._cached(pair), mmap_mode="r")
         except (OSError, ValueError, EOFError):  # gone or damaged since it was filled
@@ -361,14 +361,15 @@ class Pairs:
         with contextlib.suppress(OSError, ValueError, EOFError):
             self.facts = np.load(done)
             return
-        self._each(lambda pair: check_headers(self.paths(pair)), range(len(self)), "checking")
-        self.facts = np.array(self._each(self._decode_into_cache, range(len(self)), "decoding"))
+        self.facts = self._checked()
+        names = [self._cached(pair).name for pair in range(len(self))]
+        present = set(os.listdir(self.cache_dir))
+        self._each(self._decode_into_cache, [i for i, name in enumerate(names) if name not in present], "decoding")
         with written_whole(done, "wb") as file:
             np.save(file, self.facts)
-        names = {done.name, *(self._cached(pair).name for pair in range(len(self)))}
-        ours = {name.partition("-")[0] for name in names}
-        for name in os.listdir(self.cache_dir):
-            if name.endswith(".npy") and name.partition("-")[0] in ours and name not in names:
+        ours = {name.partition("-")[0] for name in (done.name, *names)}
+        for name in present.difference(names, [done.name]):
+            if name.endswith(".npy") and name.partition("-")[0] in ours:
                 (self.cache_dir / name).unlink(missing_ok=True)
 
     def _checked(self) -> np.ndarray:
@@ -389,21 +390,17 @@ class Pairs:
         state = _digits(repr([self.num_classes, self.ignore, self._stats[pair].tolist()]).encode())
         return self.cache_dir / f"{where}-{state}.npy"
 
-    def _decode_into_cache(self, pair: int) -> tuple[int, ...]:
-        """Its facts."""
-        array, odd = self._decode(pair)
+    def _decode_into_cache(self, pair: int) -> None:
         with written_whole(self._cached(pair), "wb") as file:
-            np.save(file, array)
-        return *array.shape[:2], np.count_nonzero(array[..., 6] % IGNORED), odd
+            np.save(file, self._decode(pair))
 
-    def _decode(self, pair: int) -> tuple[np.ndarray, int]:
-        """(H, W, 7), and in which way the mask is odd."""
+    def _decode(self, pair: int) -> np.ndarray:
         (image_a, void_a), (image_b, void_b) = map(read_image, self.paths(pair)[:2])
-        label, odd = self._read_mask(pair)
+        label, _ = self._read_mask(pair)
         for void in (void_a, void_b):
             if void is not None:
                 label[void] = IGNORED
-        return np.dstack([image_a, image_b, label]), odd
+        return np.dstack([image_a, image_b, label])
 
     def _read_mask(self, pair: int) -> tuple[np.ndarray, int]:
         return read_mask(self.paths(pair)[2], self.num_classes, self.ignore)
@@ -478,7 +475,7 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """
     with open_image(path) as image:
         try:
-            void = _void(path, image) if image.format == "TIFF" else None
+            voids = [_void(path, image)] if image.format == "TIFF" else []
             alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
             rgb = np.empty((image.height, image.width, 3), np.uint8)
             for y in range(0, image.height, 1024):  # in pieces: Pillow's own way makes two copies on its way
@@ -487,14 +484,15 @@ def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         except Exception as error:
             raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
         if (no_data := no_data_value(image)) is not None:
-            void = void | (rgb == no_data).all(-1) if void is not None else (rgb == no_data).all(-1)
-    if alpha is not None and ((alpha > 0) & (alpha < 255)).any():
-        raise DataError(f"{path}: partly transparent: a pixel is void or it isn't; flatten it to RGB")
+            voids.append((rgb == no_data).all(-1))
     if alpha is not None:
-        void = alpha == 0 if void is None else void | (alpha == 0)
-    if void is not None and void.all():
+        if ((alpha > 0) & (alpha < 255)).any():
+            raise DataError(f"{path}: partly transparent: a pixel is void or it isn't; flatten it to RGB")
+        voids.append(alpha == 0)
+    void = np.logical_or.reduce([each for each in voids if each is not None] or [np.zeros(1, bool)])
+    if void.all():
         raise DataError(f"{path}: void all over: transparent, masked or of the value that its tag calls no data")
-    return rgb, void if void is not None and void.any() else None
+    return rgb, void if void.any() else None
 
 
 def no_data_value(image: Image.Image) -> int | None:

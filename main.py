@@ -265,9 +265,9 @@ def train(
                     mean_loss = loss_sum.item() / pairs  # here the host waits for the device, and nowhere else
                     bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
                     if not math.isfinite(mean_loss):
-                        steps = f"steps {1 + (step - 1) // READ_EVERY * READ_EVERY} to {step}"
+                        where = f"epoch {epoch}, steps {1 + (step - 1) // READ_EVERY * READ_EVERY} to {step}"
                         hint = "lower LEARNING_RATE, or set AMP=False"
-                        raise FloatingPointError(f"epoch {epoch}, {steps}: the loss is {mean_loss}; {hint}")
+                        raise FloatingPointError(f"{where}: the loss is {mean_loss}; {hint}")
         row = {"loss": mean_loss, **metrics.compute()}
         row = prefixed("train", row | {"pairs_per_second": world() * pairs / (time.perf_counter() - start)})
 
@@ -626,6 +626,7 @@ def run_folder(config: SimpleNamespace, record: dict) -> Iterator[Path]:
 def describe(config: SimpleNamespace, began: dict, device: torch.device, loaders: dict[str, DataLoader]) -> dict:
     """What is recorded of a run; DataError where the data are not those that it began with."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = ""
     with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = ("torchvision", "numpy", "pillow", "matplotlib", "mlflow")

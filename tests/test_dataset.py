@@ -307,6 +307,18 @@ def test_cache_gives_the_same_and_follows_the_files(tmp_path):
     assert len(list(cache.iterdir())) == 2 and not entries.keys() & set(cache.iterdir())
 
 
+def test_only_what_changed_is_decoded_again(tmp_path):
+    for stem in ("x", "y"):
+        write_pair(tmp_path / "val", stem, *random_pair(RNG, 32, 32))
+    cache = tmp_path / "cache"
+    before = {path: path.stat().st_mtime_ns for path in LEVIRCD(tmp_path, "val", cache_dir=cache) and cache.iterdir()}
+    write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
+    os.utime(tmp_path / "val" / "B" / "x.png", ns=(1, 1))
+    assert len(LEVIRCD(tmp_path, "val", cache_dir=cache)) == 2
+    kept = {path for path in cache.iterdir() if before.get(path) == path.stat().st_mtime_ns}
+    assert len(kept) == 1 and np.load(kept.pop()).shape == (32, 32, 7)  # y, as it was
+
+
 def test_what_was_checked_is_not_opened_again(tmp_path):
     write_pair(tmp_path / "val", "x", *random_pair(RNG, 32, 32))
     file = tmp_path / "val" / "A" / "x.png"

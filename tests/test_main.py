@@ -438,6 +438,12 @@ def test_fine_tuning_starts_from_a_checkpoint(tiny):
         )
 
 
+def test_no_git_is_no_fault(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    record = main.describe(SimpleNamespace(RESUME=None), {"demo": False}, torch.device("cpu"), {})
+    assert record["git"] == "unknown"
+
+
 def test_faults_of_the_machine_are_one_line(tiny):
     """RANK alone is no torchrun; the others end with what to do."""
     small = [f"DATA_DIR={tiny}", "BACKBONE=resnet18", "WEIGHTS=None", "CROP_SIZE=32", "EPOCHS=1", "CACHE_DIR=None"]
