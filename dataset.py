@@ -138,7 +138,11 @@ class LEVIRCD(Dataset):
         return pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))
 
     def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        """A crop, turned and mirrored, and whether to exchange its dates, which tell several classes apart."""
+        """A crop, turned and mirrored, and whether to exchange its dates, which tell several classes apart.
+
+        The array is as in `Pairs.load`: read-only, and whatever moves its pixels moves all seven bands alike. What
+        changes colours comes later, in `color_jitter`.
+        """
         height, width = array.shape[:2]
         size_y, size_x = self.crop_size or height, self.crop_size or width
         y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
@@ -222,6 +226,7 @@ def color_jitter(
 ) -> Tensor:
     """Random brightness, contrast, saturation and hue, drawn for each image of a batch on its own.
 
+    This is the augmentation that changes values and not places, on the device; `LEVIRCD._random_crop` is the other.
     The first three multiply as torchvision's `adjust_*` do, by factors drawn from 1 ± strength; the hue is turned
     about the grey axis by up to ± hue of a full circle. A strength of 0 turns its part off.
 

@@ -17,6 +17,7 @@ import csv
 import datetime
 import difflib
 import fcntl
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -26,14 +27,14 @@ import platform
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -221,8 +222,11 @@ def train(
     Raises:
         FloatingPointError: the loss isn't finite; what was saved last is kept.
     """
-    device, loader, jitter = model.mean.device, loaders["train"], (config.BRIGHTNESS, config.CONTRAST)
-    jitter += config.SATURATION, config.HUE, rank(), world()
+    device, loader = model.mean.device, loaders["train"]
+    jitter = functools.partial(
+        color_jitter, brightness=config.BRIGHTNESS, contrast=config.CONTRAST, saturation=config.SATURATION,
+        hue=config.HUE, rank=rank(), world=world(),
+    )  # fmt: skip
     parallel = wrapped(model, config.COMPILE)
     optimizers = make_optimizers(model, config.LEARNING_RATE, config.WEIGHT_DECAY)
     rows = last["rows"] if last else []
@@ -231,7 +235,7 @@ def train(
     steps, warmup = config.EPOCHS * len(loader), config.WARMUP_EPOCHS * len(loader)
     last_step = len(rows) * len(loader) - 1
     schedulers = [LambdaLR(each, lambda step: warmup_cosine(step, warmup, steps), last_step) for each in optimizers]
-    criterion, metrics = CombinedIoULoss(config.ALPHA), ChangeMetrics(config.NUM_CLASSES)
+    criterion, metrics = make_criterion(config), ChangeMetrics(config.NUM_CLASSES)
     anything_to_find = loaders["val"].dataset.has_change
     best = max(rows, key=lambda row: merit(row, anything_to_find), default=None)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and has_bfloat16(device))
@@ -247,7 +251,7 @@ def train(
         with progress(desc=f"epoch {epoch}", total=len(loader.dataset), unit="pair") as bar:
             for step, batch in enumerate(loader, 1):
                 image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
-                image_a, image_b = color_jitter(image_a, *jitter), color_jitter(image_b, *jitter)
+                image_a, image_b = jitter(image_a), jitter(image_b)
                 with autocast:
                     logits = parallel(image_a, image_b)
                 loss = criterion(logits, label)
@@ -303,6 +307,14 @@ def train(
     return {name: value for name, value in best.items() if name.startswith("val_")}
 
 
+def make_criterion(config: SimpleNamespace) -> nn.Module:
+    """The loss that is trained on and validated: of logits (N, K, H, W) and labels (N, 1, H, W), a scalar in float32.
+
+    Another one has to know what `CombinedIoULoss.forward` says of its arguments, and to sum over all processes.
+    """
+    return CombinedIoULoss(config.ALPHA)
+
+
 @torch.no_grad()
 def evaluate(
     model: FusionUNet, loader: DataLoader, config: SimpleNamespace, name: str, amp: bool
@@ -316,7 +328,7 @@ def evaluate(
         FloatingPointError: the loss isn't finite.
     """
     device, start = model.mean.device, time.perf_counter()
-    criterion, metrics = CombinedIoULoss(config.ALPHA), ChangeMetrics(config.NUM_CLASSES)
+    criterion, metrics = make_criterion(config), ChangeMetrics(config.NUM_CLASSES)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bfloat16(device))
     loss_sum, pairs = torch.zeros((), device=device), 0
     for buffer in model.buffers() if dist.is_initialized() else ():
@@ -415,7 +427,7 @@ def merit(row: dict[str, float], anything_to_find: bool) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def settle(model: FusionUNet, loader: DataLoader, jitter: tuple, autocast: torch.autocast) -> None:
+def settle(model: FusionUNet, loader: DataLoader, jitter: Callable[[Tensor], Tensor], autocast: torch.autocast) -> None:
     """Take BatchNorm's statistics anew, over up to 20 steps of training crops.
 
     Early in a training the weights move too fast for running averages to follow, which, with few steps an epoch, are
@@ -431,7 +443,7 @@ def settle(model: FusionUNet, loader: DataLoader, jitter: tuple, autocast: torch
     for batch in itertools.islice(loader, 20):
         image_a, image_b = (image.to(device) for image in batch[:2])
         with autocast:
-            model(color_jitter(image_a, *jitter), color_jitter(image_b, *jitter))
+            model(jitter(image_a), jitter(image_b))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 

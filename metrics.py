@@ -138,8 +138,7 @@ def as_logits(probability: Tensor) -> Tensor:
 
 def as_table(rows: dict[str, dict[str, float]]) -> str:
     """Scores by row name as text, Dice under its other name, F1."""
-    columns = ["precision", "recall", "dice", "iou", "mean_dice", "mean_iou", "accuracy"]
-    columns += [name for name in next(iter(rows.values())) if name.startswith("iou_")]
+    columns = [name for name in next(iter(rows.values())) if not name.startswith("dice_")]
     lines = [f"{'':34}" + "".join(f"{'F1' if name == 'dice' else name:>11}" for name in columns)]
     lines += [f"{title:34}" + "".join(f"{row[name]:11.4f}" for name in columns) for title, row in rows.items()]
     return "\n".join(lines)

@@ -311,24 +311,29 @@ def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
 def cut_into_stages(
     backbone: str, weights: str | None, file: dict[str, Tensor] | None = None
 ) -> tuple[nn.ModuleDict, list[int], bool]:
-    """A classifier's layers up to each stride, the channels at `STRIDES`, and whether they come last, as in a Swin."""
+    """A classifier's layers up to each stride, the channels at `STRIDES`, and whether they come last, as in a Swin.
+
+    The layers are the children of its `features` or, without these, its own, each fed with what the one before gave,
+    as far as the sizes that they give are those of `STRIDES`: a classifier built so needs no code here.
+    """
     classifier = _classifier(backbone, None if file else weights).eval()
     if file and weights:
         _fit(classifier, file.get("state_dict", file), weights)
     sizes = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}
-    x, stages, channels, channels_last = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False
+    x, stages, channels, channels_last, end = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False, ""
     for name, layer in getattr(classifier, "features", classifier).named_children():
         try:
             with torch.no_grad():
                 x = layer(x)
             channels_last = tuple(x.shape[1:3]) in sizes
             stride = sizes[tuple(x.shape[1:3] if channels_last else x.shape[2:])]
-        except Exception:  # here the chain of layers ends: what comes now takes or gives something else
+        except Exception as error:  # here the chain of layers ends: what comes now takes or gives something else
+            end = f" before its layer {name} ({type(error).__name__}: {error})".replace("\n", " ")
             break
         stages.setdefault(str(stride), nn.Sequential()).add_module(name, layer)
         channels[stride] = x.shape[-1 if channels_last else 1]
     if channels.keys() != set(STRIDES):
-        raise ModelError(f"BACKBONE={backbone}: no features at strides 4, 8, 16 and 32; {BACKBONES}")
+        raise ModelError(f"BACKBONE={backbone}: no features at strides 4, 8, 16 and 32{end}; {BACKBONES}")
     return nn.ModuleDict(stages), [channels[stride] for stride in STRIDES], channels_last
 
 
