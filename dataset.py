@@ -38,7 +38,7 @@ class LEVIRCD(Dataset):
     or, where a pixel is void in an image or is to be ignored, 255.
     Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
     bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop of the
-    same image: turned by a quarter, mirrored and, with one class, its dates swapped, each at random.
+    same image, turned by a quarter and mirrored at random; its dates may be exchanged, too.
 
     Args:
         root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif,bmp}`, one stem for the three files of a pair; they
@@ -52,6 +52,7 @@ class LEVIRCD(Dataset):
         num_classes: classes of change; the masks hold 0 and 255, or 0 to `num_classes`.
         ignore: value in the masks of pixels to ignore; None: there is none.
         folders: names of the folders of a split, as `FOLDERS`.
+        swap_dates: chance that the dates of a random crop are exchanged, 0..1.
 
     Raises:
         DataError: files are missing, unreadable, of differing sizes, smaller than the crop, or not a mask.
@@ -67,9 +68,10 @@ class LEVIRCD(Dataset):
         num_classes: int = 1,
         ignore: int | None = None,
         folders: Sequence[str] = FOLDERS,
+        swap_dates: float = 0.0,
     ) -> None:
         self.folder = Path(root).expanduser() / split
-        self.crop_size, self.augment = crop_size, augment
+        self.crop_size, self.augment, self.swap_dates = crop_size, augment, swap_dates
         cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.pairs = Pairs(self.folder, cache_dir, num_classes, ignore, folders)
         sizes = self.pairs.sizes
@@ -94,14 +96,10 @@ class LEVIRCD(Dataset):
         """The item at an index; with augmentation `(index, seed)` gives the same crop each time."""
         index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**31, ())))
         pair, rows, columns = self._tile(index)
-        array, swapped = self.pairs.load(pair), False
-        if self.augment:
-            array, swapped = self._random_crop(array, np.random.default_rng(seed))
-        else:
-            array = array[rows, columns]
+        array = self.pairs.load(pair)
+        array = self._random_crop(array, np.random.default_rng(seed)) if self.augment else array[rows, columns]
         array = np.ascontiguousarray(array.transpose(2, 0, 1))  # (7, H, W): the one copy
-        image_a, image_b, label = torch.from_numpy(array).split([3, 3, 1])
-        return (image_b, image_a, label) if swapped else (image_a, image_b, label)
+        return torch.from_numpy(array).split([3, 3, 1])
 
     def name(self, index: int) -> str:
         """What a person calls item `index`: the stem of its files and, for a tile, its row and column in pixels."""
@@ -132,16 +130,17 @@ class LEVIRCD(Dataset):
             raise IndexError(f"item {index} of {len(self)}")
         index %= len(self)
         pair = int(np.searchsorted(self._ends, index, side="right"))
-        row, column = divmod(index - int(self._ends[pair]), int(self._tiles[pair, 1]))  # rows from the last one back
+        (rows, columns), end = self._tiles[pair].tolist(), int(self._ends[pair])
+        row, column = divmod(index - end + rows * columns, columns)
         (height, width), (step_y, step_x) = self.pairs.sizes[pair].tolist(), self._steps[pair].tolist()
-        y, x = (row + int(self._tiles[pair, 0])) * step_y, column * step_x
+        y, x = row * step_y, column * step_x
         return pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))
 
-    def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, bool]:
-        """A crop, turned and mirrored, and whether to exchange its dates, which tell several classes apart.
+    def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A crop, turned, mirrored, its dates exchanged, each at random.
 
-        The array is as in `Pairs.load`: read-only, and whatever moves its pixels moves all seven bands alike. What
-        changes colours comes later, in `color_jitter`.
+        The array is as in `Pairs.load`: read-only, and whatever moves its pixels moves all seven bands alike, the last
+        one, a mask, without blending its values. What changes colours comes later, in `color_jitter`.
         """
         height, width = array.shape[:2]
         size_y, size_x = self.crop_size or height, self.crop_size or width
@@ -151,7 +150,9 @@ class LEVIRCD(Dataset):
         crop = np.rot90(crop, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
-        return crop, self.pairs.num_classes == 1 and rng.random() < 0.5
+        if rng.random() < self.swap_dates:
+            crop = crop[..., [3, 4, 5, 0, 1, 2, 6]]
+        return crop
 
 
 # Batches

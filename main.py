@@ -58,17 +58,19 @@ from visualize import plot_curves, plot_precision_recall, plot_predictions
 DATA_DIR: str = "data"  # holds train, val and, if there is one, test; a demo stands in for a missing data/train
 FOLDERS: str = "A B label"  # of a split: images before, images after, masks; CDD "A B OUT", SYSU-CD "time1 time2 label"
 CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
-NUM_CLASSES: int = 1  # of change; 1: masks hold 0 and 255; more: 0 to this number, and the order of the dates counts
+NUM_CLASSES: int = 1  # of change; 1: masks hold 0 and 255; more: 0 to this number
 IGNORE: int | None = None  # mask value of pixels that are neither trained on nor scored; None: there is none
 CROP_SIZE: int | None = 256  # pixels, a side, in training and in validation; None: whole images
 BRIGHTNESS: float = 0.1  # colour jitter, drawn for each image: factor 1 ± this; 0: off
 CONTRAST: float = 0.1  # likewise
 SATURATION: float = 0.1  # likewise
 HUE: float = 0.01  # likewise, as ± a share of the colour circle, up to 0.5; 0: off
+SWAP_DATES: float = 0.0  # chance that a crop's dates are exchanged; 0: built and pulled down are told apart
 
 # MODEL
 BACKBONE: str = "resnet50"  # torchvision's name: "resnet18", "convnext_tiny", "swin_t" or others with four strides
 WEIGHTS: str | None = "IMAGENET1K_V1"  # torchvision's, fetched once (98 MB); a file of them; a run's best.pt; None
+FUSION: str = "concatenation"  # of the dates; "difference": their order makes no difference; "attention": across them
 FREEZE_BACKBONE: bool = True  # False trains the backbone too: 26 M parameters instead of 2.5 M
 
 # OPTIMISATION
@@ -95,7 +97,7 @@ SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores
 # What each constant may be: its type, the least and the most of a number, and None where that means something.
 LARGEST = sys.maxsize
 ALLOWED = {
-    (str,): "DATA_DIR FOLDERS BACKBONE SPLIT",
+    (str,): "DATA_DIR FOLDERS BACKBONE FUSION SPLIT",
     (str, None): "CACHE_DIR WEIGHTS DEVICE RESUME RUN_NAME EVALUATE",
     (bool,): "FREEZE_BACKBONE AMP COMPILE DETERMINISTIC",
     (int, 0, LARGEST): "SEED",
@@ -105,7 +107,7 @@ ALLOWED = {
     (int, 1, 254): "NUM_CLASSES",
     (int, 0, 255, None): "IGNORE",
     (float, 0, LARGEST): "LEARNING_RATE WEIGHT_DECAY WARMUP_EPOCHS CLIP_NORM",
-    (float, 0, 1): "BRIGHTNESS CONTRAST SATURATION ALPHA",
+    (float, 0, 1): "BRIGHTNESS CONTRAST SATURATION SWAP_DATES ALPHA",
     (float, 0, 0.5): "HUE",
 }
 ALLOWED = {name: allowed for allowed, names in ALLOWED.items() for name in names.split()}
@@ -159,7 +161,9 @@ def main(**overrides: object) -> dict[str, float]:
         if last:
             model = FusionUNet.load(Path(config.RESUME, "last.pt"), device)
         else:
-            model = FusionUNet(config.WEIGHTS, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE)
+            model = FusionUNet(
+                config.WEIGHTS, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE, config.FUSION
+            )
             model.to(device, memory_format=torch.channels_last)
         crop_sizes = {"train": config.CROP_SIZE, "val": config.CROP_SIZE, "test": PROTOCOL_CROP}
         if not (test := Path(config.DATA_DIR, "test")).is_dir():
@@ -417,7 +421,7 @@ def load(config: SimpleNamespace, device: torch.device, split: str, crop_size: i
 
 def pairs_of(config: SimpleNamespace, split: str, crop_size: int | None = None, augment: bool = False) -> LEVIRCD:
     """A split's data set."""
-    how = config.CACHE_DIR, config.NUM_CLASSES, config.IGNORE, config.FOLDERS.split()
+    how = config.CACHE_DIR, config.NUM_CLASSES, config.IGNORE, config.FOLDERS.split(), config.SWAP_DATES
     return LEVIRCD(config.DATA_DIR, split, crop_size, augment, *how)
 
 

@@ -54,47 +54,80 @@ class ConvNormReLU(nn.Sequential):
 class Side(nn.Module):
     """Step of the small encoder that is trained beside the frozen one, a ladder (Sung et al. 2022, arXiv:2206.06522).
 
-    The finer step, halved in size, plus the frozen features of this stride narrowed, if there are any.
+    The finer step, halved in size, plus the frozen features of this stride, if there are any.
     """
 
     def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
         super().__init__()
-        self.down = ConvNormReLU(finer_channels, out_channels, 3, stride=2)
-        self.narrow = ConvNormReLU(frozen_channels, out_channels, 1) if frozen_channels else None
+        self.down = nn.Conv2d(finer_channels, out_channels, 3, stride=2, padding=1, bias=False)
+        self.narrow = nn.Conv2d(frozen_channels, out_channels, 1, bias=False) if frozen_channels else None
+        self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, finer: Tensor, frozen: Tensor | None) -> Tensor:
-        return self.down(finer) if frozen is None else self.down(finer) + self.narrow(frozen)
+        x = self.down(finer) if frozen is None else self.down(finer) + self.narrow(frozen)
+        return F.relu(self.norm(x), inplace=True)
 
 
-class Fusion(nn.Module):
-    """Both dates' features, their sum and their difference mixed by a 3 × 3 convolution.
+class Concatenation(nn.Module):
+    """Both dates' features side by side, mixed by a 3 × 3 convolution, which can learn what came first."""
 
-    Of the difference the sign is dropped, unless classes of change are told apart by it: then houses built and houses
-    pulled down need not be learned twice.
-    """
-
-    def __init__(self, channels: int, ordered: bool):
+    def __init__(self, channels: int):
         super().__init__()
-        self.ordered = ordered
         self.mix = ConvNormReLU(2 * channels, channels, 3)
 
     def forward(self, features: Tensor) -> Tensor:
         before, after = features.chunk(2)  # (N, channels, h, w) each
-        difference = after - before
-        return self.mix(torch.cat([before + after, difference if self.ordered else difference.abs()], dim=1))
+        return self.mix(torch.cat([before, after], dim=1))
+
+
+class Difference(Concatenation):
+    """The sum and the absolute difference of both dates' features, mixed likewise: their order makes no difference."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        before, after = features.chunk(2)
+        return self.mix(torch.cat([before + after, (before - after).abs()], dim=1))
+
+
+class CrossAttention(Concatenation):
+    """Each date adds what it finds anywhere in the other one, of four heads; then they are concatenated.
+
+    Vaswani et al. 2017, arXiv:1706.03762, without positions: what a place looks like is in its features.
+    """
+
+    HEADS = 4
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.query, self.key_value = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, 2 * channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        n, c, h, w = features.shape  # (2N, channels, h, w)
+        other = torch.cat(features.chunk(2)[::-1])
+        query = self.query(features).view(n, self.HEADS, -1, h * w).mT  # (2N, heads, h·w, channels / heads)
+        key, value = self.key_value(other).view(n, 2, self.HEADS, -1, h * w).mT.unbind(1)
+        found = F.scaled_dot_product_attention(query, key, value).mT.reshape(n, c, h, w)
+        return super().forward(features + found)
+
+
+FUSIONS = {  # at each of the strides
+    "concatenation": [Concatenation] * 5,
+    "difference": [Difference] * 5,
+    "attention": [Concatenation] * 3 + [CrossAttention] * 2,
+}
 
 
 class Up(nn.Module):
-    """Decoder step: enlarge to twice the size, concatenate the skip, two 3 × 3 convolutions."""
+    """Decoder step: narrow, enlarge to twice the size, add the skip, two 3 × 3 convolutions."""
 
     def __init__(self, in_channels: int, skip_channels: int):
         super().__init__()
-        self.conv1 = ConvNormReLU(in_channels + skip_channels, skip_channels, 3)
+        self.narrow = nn.Conv2d(in_channels, skip_channels, 1, bias=False)
+        self.conv1 = ConvNormReLU(skip_channels, skip_channels, 3)
         self.conv2 = ConvNormReLU(skip_channels, skip_channels, 3)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-        return self.conv2(self.conv1(torch.cat([x, skip], dim=1)))
+        x = F.interpolate(self.narrow(x), scale_factor=2, mode="bilinear", align_corners=False)
+        return self.conv2(self.conv1(x + skip))
 
 
 class FusionUNet(nn.Module):
@@ -110,9 +143,10 @@ class FusionUNet(nn.Module):
         freeze_backbone: the backbone gets no gradients and its BatchNorm statistics stay as they are, in training too.
         out_channels: logits per pixel, one for each class of change; the logit of "unchanged" is 0.
         backbone: name of a classifier of torchvision's with features at strides 4, 8, 16 and 32.
+        fusion: how both dates' features become one: "concatenation", "difference" or "attention", as in `FUSIONS`.
 
     Raises:
-        ModelError: the backbone or the weights have an unknown name or can't be had.
+        ModelError: the backbone, the weights or the fusion have an unknown name or can't be had.
     """
 
     def __init__(
@@ -121,9 +155,12 @@ class FusionUNet(nn.Module):
         freeze_backbone: bool = True,
         out_channels: int = 1,
         backbone: str = "resnet50",
+        fusion: str = "concatenation",
     ):
         super().__init__()
-        self.freeze_backbone, self.backbone = freeze_backbone, backbone
+        if fusion not in FUSIONS:
+            raise ModelError(f"FUSION={fusion}: unknown; there are {', '.join(FUSIONS)}")
+        self.freeze_backbone, self.backbone, self.fusion = freeze_backbone, backbone, fusion
         self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets that of the checkpoint
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -138,7 +175,7 @@ class FusionUNet(nn.Module):
         c2, c4, c8, c16, c32 = CHANNELS
         self.side2, self.side4, self.side8 = Side(3, f2, c2), Side(c2, f4, c4), Side(c4, f8, c8)
         self.side16, self.side32 = Side(c8, f16, c16), Side(c16, f32, c32)
-        fusions = [Fusion(channels, ordered=out_channels > 1) for channels in CHANNELS]
+        fusions = [fuse(channels) for fuse, channels in zip(FUSIONS[fusion], CHANNELS, strict=True)]
         self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
         self.head = nn.Conv2d(c2, out_channels, 1)
@@ -274,7 +311,7 @@ class FusionUNet(nn.Module):
 
     def checkpoint(self, whole: bool = True) -> dict:
         """All that `load` needs to give this model back; not whole, it leaves a frozen backbone to the file beside."""
-        model_args = {"out_channels": self.head.out_channels, "backbone": self.backbone}
+        model_args = {"out_channels": self.head.out_channels, "backbone": self.backbone, "fusion": self.fusion}
         model_args["freeze_backbone"] = self.freeze_backbone
         checkpoint = {"model_args": model_args, "model": self.state_dict(), "threshold": self.threshold}
         if self.freeze_backbone and not whole:
@@ -319,21 +356,24 @@ def cut_into_stages(
     classifier = _classifier(backbone, None if file else weights).eval()
     if file and weights:
         _fit(classifier, file.get("state_dict", file), weights)
-    sizes = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}
-    x, stages, channels, channels_last, end = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False, ""
+    sizes = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}  # of the features of 64 × 96
+    x, stages, channels, channels_last, end = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False, "the last"
     for name, layer in getattr(classifier, "features", classifier).named_children():
         try:
             with torch.no_grad():
                 x = layer(x)
             channels_last = tuple(x.shape[1:3]) in sizes
             stride = sizes[tuple(x.shape[1:3] if channels_last else x.shape[2:])]
-        except Exception as error:  # here the chain of layers ends: what comes now takes or gives something else
-            end = f" before its layer {name} ({type(error).__name__}: {error})".replace("\n", " ")
+        except Exception:  # here the chain of layers ends: what comes now takes or gives something else
+            end = name
             break
         stages.setdefault(str(stride), nn.Sequential()).add_module(name, layer)
         channels[stride] = x.shape[-1 if channels_last else 1]
-    if channels.keys() != set(STRIDES):
-        raise ModelError(f"BACKBONE={backbone}: no features at strides 4, 8, 16 and 32{end}; {BACKBONES}")
+    if missing := set(STRIDES) - channels.keys():
+        raise ModelError(
+            f"BACKBONE={backbone}: its chain of layers, up to {end}, gives no features at stride "
+            f"{', '.join(map(str, sorted(missing)))}; {BACKBONES}"
+        )
     return nn.ModuleDict(stages), [channels[stride] for stride in STRIDES], channels_last
 
 

@@ -107,11 +107,14 @@ def test_masks_of_several_classes(tmp_path):
         LEVIRCD(tmp_path, "val", cache_dir=cache, num_classes=3)
 
 
-def test_the_dates_of_several_classes_are_not_exchanged(tmp_path):
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_the_dates_are_exchanged_when_asked_for(tmp_path, chance):
     image_a, image_b, mask = random_pair(RNG, 32, 32)
-    write_pair(tmp_path / "train", "x", image_a // 128, 128 + image_b // 128, mask // 255)
-    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True, num_classes=2)
-    assert all(data[0, seed][0].max() < 2 and data[0, seed][1].min() >= 128 for seed in range(50))
+    write_pair(tmp_path / "train", "x", image_a // 128, 128 + image_b // 128, mask)
+    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True, swap_dates=chance)
+    for seed in range(50):
+        image_a, image_b, _ = data[0, seed]
+        assert (image_a.max() < 2) == (image_b.min() >= 128) == (chance == 0)
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "RGBA"])
@@ -257,7 +260,7 @@ def test_an_epoch_is_as_many_crops_as_fit_side_by_side(tmp_path):
 
 def test_crops_stay_together_and_take_every_turn(tmp_path):
     write_pair(tmp_path / "train", "x", *located_pair(40, 50))
-    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True)
+    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True, swap_dates=0.5)
     turns, swaps, corners = set(), 0, set()
     for draw in range(400):
         image_a, image_b, label = data[draw % len(data)]

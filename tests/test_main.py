@@ -117,6 +117,7 @@ def test_scores_of_a_split(tmp_path):
     torch.manual_seed(0)
     model = FusionUNet(weights=None, backbone="resnet18")
     torch.nn.init.normal_(model.head.weight, std=32)  # so that both thresholds lie amid its probabilities
+    torch.nn.init.constant_(model.head.bias, 4)
     model.threshold = float(torch.sigmoid(torch.tensor(1.0)))
     torch.save(model.checkpoint(), "model.pt")
     scores = main.main(DATA_DIR="set", EVALUATE="model.pt", SPLIT="val", **QUICK)

@@ -140,16 +140,46 @@ def test_backbones_that_cannot_be(name):
         FusionUNet(weights=None, backbone=name)
 
 
-def test_the_order_of_the_dates_does_not_matter(model):
-    image_a, image_b = images(2, 64, 64)
-    torch.testing.assert_close(model(image_a, image_b), model(image_b, image_a), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("fusion", program.FUSIONS)
+def test_the_order_of_the_dates_makes_no_difference_to_the_difference_alone(fusion):
+    torch.manual_seed(0)
+    model, (image_a, image_b) = FusionUNet(weights=None, fusion=fusion).eval(), images(2, 64, 64)
+    forth, back = model(image_a, image_b), model(image_b, image_a)
+    gap = (forth - back).abs().max()
+    assert gap < 1e-4 if fusion == "difference" else gap > 0.01 * forth.std()
 
 
-def test_the_order_of_the_dates_tells_classes_apart():
+def test_attention_finds_what_stands_elsewhere_in_the_other_date():
+    torch.manual_seed(0)
+    fuse, channels, size = program.CrossAttention(8), 8, 4
+    features = torch.randn(2, channels, size, size)
+    moved = features.clone()
+    moved[1] = features[1].flatten(1)[:, torch.randperm(size**2)].view(channels, size, size)
+
+    def attended(features):
+        seen = []
+        fuse.mix.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        fuse.eval()(features)
+        return seen[0]
+
+    # What the first date finds depends on what is in the second, not on where.
+    torch.testing.assert_close(attended(moved)[:, :channels], attended(features)[:, :channels])
+    # By hand: the first head has the first two of eight channels.
+    query = fuse.query(features)[0, :2].flatten(1)  # (2, 16)
+    key, value = fuse.key_value(features)[1].view(2, 4, 2, 16)[:, 0]
+    weights = (query.T @ key / 2**0.5).softmax(1)
+    torch.testing.assert_close(attended(features)[0, :2] - features[0, :2], (value @ weights.T).view(2, size, size))
+
+
+def test_an_unknown_fusion():
+    with pytest.raises(ModelError, match="FUSION=sum: unknown; there are concatenation, difference, attention"):
+        FusionUNet(weights=None, fusion="sum")
+
+
+def test_probabilities_of_classes():
     torch.manual_seed(0)
     model, (image_a, image_b) = FusionUNet(weights=None, out_channels=2).eval(), images(2, 64, 64)
-    forth, back = model(image_a, image_b), model(image_b, image_a)
-    assert (forth - back).abs().mean() > 0.1 * forth.std()
+    forth = model(image_a, image_b)
     probability = model.predict(image_a[0], image_b[0])
     odds = forth[0].exp()
     torch.testing.assert_close(probability, odds / (1 + odds.sum(0)))

