@@ -162,7 +162,7 @@ def test_demo_where_there_is_no_data(capsys):
     record = json.loads(Path("runs/demo/constants.json").read_text())
     assert record["demo"] and record["constants"]["DATA_DIR"] == "data/demo"
     assert record["constants"]["EPOCHS"] == 1  # the user's, not the demo's
-    assert record["constants"]["CROP_SIZE"] == main.DEMO["CROP_SIZE"][1]
+    assert record["constants"]["BATCH_SIZE"] == main.DEMO["BATCH_SIZE"][1]
     assert "USING THE DEMO" in capsys.readouterr().out
     assert logged_run("demo").data.tags["demo"] == "True"
 
