@@ -426,9 +426,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "moving average of the weights": {"main.wrapped": averaged, "main.evaluate": evaluate_average},
     "twice the epochs": {"EPOCHS": 2 * SHORT["EPOCHS"]},
     # what users meet: the same model, scored where a date is moved, or its colours are others
-    **{f"the second date shifted by {pixels} pixels": {"score": {"shift": pixels}} for pixels in (1, 2, 4, 8)},
-    **{f"gamma {gamma} in the second date": {"score": {"gamma": gamma}} for gamma in (0.6, 1.6)},
-    "half haze in the second date": {"score": {"haze": 0.5}},
+    **{f"first date shifted, pixels: {pixels}": {"score": {"shift": pixels}} for pixels in (1, 2, 4, 8)},
+    **{f"second date of gamma {gamma}": {"score": {"gamma": gamma}} for gamma in (0.6, 1.6)},
+    "second date half hidden by haze": {"score": {"haze": 0.5}},
     **{f"{count} tiles, as many steps": {"tiles": count} for count in (50, 100, 350)},
 }  # fmt: skip
 
@@ -467,8 +467,7 @@ def score(
     """IoU and F1 of the change class; IoU near the truth's edges, elsewhere, and where the dates are exchanged."""
     forth, back, edge, inner = (ChangeMetrics() for _ in range(4))
     for image_a, image_b, label in pairs:
-        if shift:
-            image_b = torch.from_numpy(moved(image_b.permute(1, 2, 0).numpy(), shift, 0)).permute(2, 0, 1)
+        image_a = torch.from_numpy(moved(image_a.permute(1, 2, 0).numpy(), shift, 0)).permute(2, 0, 1)
         image_b = (haze + (1 - haze) * (image_b / 255) ** gamma).mul(255).round().byte()
         logits = as_logits(net.predict(image_a, image_b, tta=tta))
         is_edge = near_edges(label[None])
