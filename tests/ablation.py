@@ -9,7 +9,7 @@ frozen EfficientNet-Lite0 with its ImageNet weights (`lite0.py`), and scored on 
 with the first seed, then with the second. It can be stopped at any time and goes on when it is started again: results
 stand in runs/ablation.csv, a line a run, and are not made twice.
 
-A run takes about four minutes of one core (OMP_NUM_THREADS=1) for each 1,300 tiles of 256 × 256.
+With 1,300 tiles of 256 × 256 a run takes about nine minutes of one core (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
