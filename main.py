@@ -125,6 +125,7 @@ CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKE
 OF_THE_DATA = ("DATA_DIR", "FOLDERS", "CACHE_DIR", "NUM_CLASSES", "IGNORE")
 
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
+COARSE_LOSS = 0.4  # weight of the loss of each of the coarser logits, as in PSPNet (Zhao et al. 2017, arXiv:1612.01105)
 READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
 SETTLED_AFTER = 200  # steps; until then BatchNorm's statistics are taken anew before each validation
 BATCH_NORMS = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -207,11 +208,19 @@ def train_and_score(
     Path("images").mkdir(exist_ok=True)
     with written_whole(Path("images", picture.name), "wb") as file:
         file.write(picture.read_bytes())
+    log.scores("best", {name.removeprefix("val_"): value for name, value in scores.items()})
     if "test" in loaders:
         scores |= score(best, loaders["test"], config, log)
     if not scores["val_iou"]:
         say("the best validation IoU is 0: more EPOCHS or pairs, or a smaller BATCH_SIZE, may help")
-    say(f"the best epoch's validation IoU: {scores['val_iou']:.4f}; see {log.folder}: best.pt, metrics.csv and more")
+    of_splits = [f"{split} IoU {scores[f'{split}_iou']:.4f}, F1 {scores[f'{split}_dice']:.4f}"
+                 for split in ("val", "test") if f"{split}_iou" in scores]  # fmt: skip
+    say(
+        f"\n{best.origin} of {len(log.rows)}, the best: {'; '.join(of_splits)}\n"
+        f"  all of it       {log.folder}: best.pt, metrics.csv, curves.png and more (README.md, Start)\n"
+        f"  your own masks  python visualize.py {log.folder}/best.pt BEFORE AFTER\n"
+        f"  all runs        tensorboard --logdir {log.folder.parent}"
+    )
     return scores
 
 
@@ -248,21 +257,23 @@ def train(
     for epoch in range(len(rows) + 1, config.EPOCHS + 1):
         # An epoch's order, crops and colours follow from the seed and its number alone.
         torch.manual_seed(int(np.random.SeedSequence([config.SEED, epoch]).generate_state(1)[0]))
-        learning_rate, start = schedulers[0].get_last_lr()[0], time.perf_counter()
+        peak, start = 0.0, time.perf_counter()
         model.train()
         metrics.reset()
-        loss_sum, pairs = torch.zeros((), device=device), 0
+        loss_sum, pairs, read = torch.zeros((), device=device), 0, (0.0, 0)
         with progress(desc=f"epoch {epoch}", total=len(loader.dataset), unit="pair") as bar:
             for step, batch in enumerate(loader, 1):
                 image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
                 image_a, image_b = jitter(image_a), jitter(image_b)
                 with autocast:
-                    logits = parallel(image_a, image_b)
+                    logits, *coarse = parallel(image_a, image_b)
                 loss = criterion(logits, label)
                 model.zero_grad()
-                loss.backward()
+                (loss + COARSE_LOSS * sum(criterion(each, label) for each in coarse)).backward()
                 if config.CLIP_NORM:
                     nn.utils.clip_grad_norm_(model.parameters(), config.CLIP_NORM)
+                learning_rate = schedulers[0].get_last_lr()[0]
+                peak = max(peak, learning_rate)
                 for each in (*optimizers, *schedulers):
                     each.step()
                 metrics.update(logits, label)
@@ -270,7 +281,12 @@ def train(
                 pairs += len(label)
                 bar.update(world() * len(label))
                 if step % READ_EVERY == 0 or step == len(loader):
-                    mean_loss = loss_sum.item() / pairs  # here the host waits for the device, and nowhere else
+                    so_far = loss_sum.item(), pairs  # here the host waits for the device, and nowhere else
+                    mean_loss = so_far[0] / pairs
+                    if log is not None:
+                        loss_since = (so_far[0] - read[0]) / (pairs - read[1])
+                        log.step((epoch - 1) * len(loader) + step, loss=loss_since, learning_rate=learning_rate)
+                    read = so_far
                     bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
                     if not math.isfinite(mean_loss):
                         where = f"epoch {epoch}, steps {1 + (step - 1) // READ_EVERY * READ_EVERY} to {step}"
@@ -283,7 +299,11 @@ def train(
             settle(model, loader, jitter, autocast)
         val, counts = evaluate(model, loaders["val"], config, "validation", config.AMP)
         model.threshold = counts.best_threshold()
-        row |= prefixed("val", val) | {"learning_rate": learning_rate}  # one more number an epoch: here
+        row |= prefixed("val", val)
+        row |= {  # one more number an epoch: here
+            "learning_rate": learning_rate, "peak_learning_rate": peak, "step": epoch * len(loader),
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
         if device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         is_best = best is None or merit(row, anything_to_find) > merit(best, anything_to_find)
@@ -293,6 +313,7 @@ def train(
         picture, start = log.folder / "predictions" / f"epoch_{epoch:03}.png", time.perf_counter()
         # Of about ten epochs, and in a tenth of the time at most.
         if (epoch == 1 or epoch % math.ceil(config.EPOCHS / 9) == 0) and drawing <= (start - began) / 10:
+            model.origin = f"{log.folder.name}, epoch {epoch}"
             plot_predictions(model, loaders["val"].dataset, device, num_samples=4, path=picture)
             drawing += time.perf_counter() - start
         log.epoch(row, picture if picture.exists() else None)
@@ -381,35 +402,51 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
     """
     split, rows, whole = loader.dataset.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
     _, crops = evaluate(model, loader, config, split, amp=False)  # as `predict` computes
-    images = pairs_of(config, split)
+    images, are_small = pairs_of(config, split), True
     for index in progress(range(len(images)), desc=f"{split}, whole images", unit="pair"):
         image_a, image_b, label = images[index]
         if (label == IGNORED).all():
             continue
+        are_small &= max(label.shape) <= PROTOCOL_CROP
         logits, image = as_logits(model.predict(image_a, image_b)), ChangeMetrics(config.NUM_CLASSES)
         whole.update(logits, label[None])
         image.update(logits, label[None])
-        rows.append({"index": index, "name": images.name(index), **image.compute()})
-    scores, table = {"average_precision": crops.average_precision(), "threshold": model.threshold}, {}
-    for protocol, prefix, metrics in ((f"crops of {PROTOCOL_CROP}", "", crops), ("whole images", "whole_", whole)):
+        counts = image.confusion()
+        rows.append({"index": index, "name": images.name(index), **image.compute(),
+                     "labelled_pixels": int(counts[:, 1:].sum()), "predicted_pixels": int(counts[1:].sum()),
+                     "wrong_pixels": int(counts.sum() - counts.trace())})  # fmt: skip
+    scores, table, points = {"average_precision": crops.average_precision(), "threshold": model.threshold}, {}, {}
+    for protocol, prefix, metrics in ((f"crops of {PROTOCOL_CROP}", "", crops), ("whole", "whole_", whole)):
         for threshold, tuned in ((0.5, ""), (model.threshold, "tuned_")):
-            table[f"{protocol}, above {threshold:.3f}"] = row = metrics.compute(threshold)
+            row = metrics.compute(threshold)
             scores |= {f"{prefix}{tuned}{name}": value for name, value in row.items()}
-    say(f"{config.DATA_DIR}, {split}; {model.threshold:.3f} was the best threshold on validation\n{as_table(table)}")
+            if prefix == "" or not are_small:
+                table[f"{protocol} > {threshold:.4g}"] = row
+            if prefix == "":
+                points[threshold] = row
+    same = f"\nno image is larger than {PROTOCOL_CROP} pixels: crops and whole images are the same" * are_small
+    say(
+        f"{config.DATA_DIR}, {split}, {len(rows)} images; {model.threshold:.4g} was the best threshold on validation\n"
+        f"{as_table(table)}{same}"
+    )
+    log.scores(split, scores)
     scores = prefixed(split, scores)
-    log.scores(scores)
     with written_whole(log.folder / f"{split}_metrics.json") as file:
         file.write(json.dumps(scores, indent=2) + "\n")
-    rows.sort(key=lambda row: row["iou"])
-    order = [row.pop("index") for row in rows]
+    rows.sort(key=lambda row: row["wrong_pixels"], reverse=True)
+    half = -(-len(rows) // 2)
+    worst, others = rows[: min(10, half)], rows[half:]
+    best = sorted(others, key=lambda row: row["labelled_pixels"] - row["wrong_pixels"], reverse=True)[:10]
+    sheets = {"worst.png": [row["index"] for row in worst], "best.png": [row["index"] for row in best]}
     with written_whole(log.folder / "per_image.csv") as file:
-        table = csv.DictWriter(file, rows[0])
+        table = csv.DictWriter(file, [name for name in rows[0] if name != "index"], extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
-    title = f"{split} split, crops of {PROTOCOL_CROP}"
-    plot_precision_recall(crops.curve(), (0.5, model.threshold), title, log.folder / "precision_recall.png")
-    for name, items in (("worst.png", order[:10]), ("best.png", order[:-11:-1])):
-        plot_predictions(model, images, model.mean.device, path=log.folder / name, items=items)
+    title = f"{model.origin}: {split}, crops of {PROTOCOL_CROP}, AP {crops.average_precision():.3f}"
+    plot_precision_recall(crops.curve(), points, title, log.folder / "precision_recall.png")
+    for name, items in sheets.items():
+        if items:
+            plot_predictions(model, images, model.mean.device, path=log.folder / name, items=items)
     return scores
 
 

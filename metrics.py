@@ -20,6 +20,7 @@ from mlflow.tracking.context.registry import resolve_tags
 from PIL import Image
 from torch import Tensor, distributed
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from dataset import written_whole
@@ -88,9 +89,13 @@ class ChangeMetrics:
         Raises:
             ValueError: nothing was counted yet.
         """
+        return _scores(self.confusion(threshold))
+
+    def confusion(self, threshold: float = 0.5) -> np.ndarray:
+        """Pixels as (predicted, labelled), float64 (1 + K, 1 + K), at a threshold as in `compute`."""
         nearest = int((self.LOGITS.double().sigmoid() - threshold).abs().argmin())
         passed, all_pixels = self._passed()[[1 + nearest, 0]]
-        return _scores(np.vstack([(all_pixels - passed).sum(0), passed]))
+        return np.vstack([(all_pixels - passed).sum(0), passed])
 
     def curve(self) -> dict[str, np.ndarray]:
         """The precision-recall curve: `threshold`, `precision`, `recall` and `iou`, float64 (322,) each.
@@ -137,11 +142,11 @@ def as_logits(probability: Tensor) -> Tensor:
 
 
 def as_table(rows: dict[str, dict[str, float]]) -> str:
-    """Scores by row name as text, Dice under its other name, F1."""
-    columns = [name for name in next(iter(rows.values())) if not name.startswith("dice_")]
-    lines = [f"{'':34}" + "".join(f"{'F1' if name == 'dice' else name:>11}" for name in columns)]
-    lines += [f"{title:34}" + "".join(f"{row[name]:11.4f}" for name in columns) for title, row in rows.items()]
-    return "\n".join(lines)
+    """Scores by row name as text of 80 columns, Dice under its other name, F1; two more columns a class of several."""
+    names = [name.replace("dice", "F1").replace("iou", "IoU").replace("_", " ") for name in next(iter(rows.values()))]
+    lines = [["", *names], *([title, *(f"{value:.4f}" for value in row.values())] for title, row in rows.items())]
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join("".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def _mean_of_labelled(scores: np.ndarray, labelled: np.ndarray) -> np.ndarray:
@@ -186,19 +191,19 @@ class ScoreLog:
         OSError: something can't be written.
     """
 
-    NOT_REPEATABLE = ("train_pairs_per_second", "val_pairs_per_second", "peak_memory_gib")  # hence not in metrics.csv
-
     def __init__(self, folder: Path, record: dict, rows: Sequence[dict[str, float]] = ()):
         self.folder, self.record, self.rows = folder, record, list(rows)
+        self._writers: dict[str, SummaryWriter] = {}
+        self._scores: dict[str, float] = {}
 
     def __enter__(self) -> ScoreLog:
         """Take up the files as they were after the last of the rows."""
         is_new = not any(self.folder.glob("events*"))
         self._write_rows()
-        self._writer = SummaryWriter(self.folder, purge_step=len(self.rows) + 1)
+        writer = self._writer("", int(self.rows[-1]["step"]) + 1 if self.rows else 1)
         if is_new:
-            self._writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
-            self._writer.flush()
+            writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
+            writer.flush()
         self._mlflow = MLflowRun(self.folder.name, self.record)
         return self
 
@@ -206,23 +211,36 @@ class ScoreLog:
         """Let MLflow have the epochs up to here, now that they are saved."""
         self._mlflow.send(self.rows)
 
+    def step(self, step: int, **values: float) -> None:
+        """Take in the loss and the learning rate of a step, for TensorBoard."""
+        for name, value in values.items():
+            self._writer("").add_scalar(f"steps/{name}", value, step)
+
     def epoch(self, row: dict[str, float], picture: Path | None = None) -> None:
-        """Take in the next epoch's scores and picture, for the table and TensorBoard; `send` tells MLflow."""
+        """Take in the next epoch's scores and picture, for the table and TensorBoard; `send` tells MLflow.
+
+        In TensorBoard train and val are two runs, so that both are drawn in one chart.
+        """
         self.rows.append({name: float(value) for name, value in row.items()})  # what a checkpoint may hold
         self._write_rows()
+        epoch = len(self.rows)
         for name, value in row.items():
-            self._writer.add_scalar(name.replace("_", "/", name.startswith(("train_", "val_"))), value, len(self.rows))
+            split, _, score = name.partition("_")
+            if split in ("train", "val"):
+                section = "" if score in ("iou", "loss") else "more/"
+                self._writer(split, epoch).add_scalar(section + score, value, epoch)
         if picture:
             pixels = np.asarray(Image.open(picture).convert("RGB"))
-            self._writer.add_image("predictions", pixels, len(self.rows), dataformats="HWC")
-        self._writer.flush()
+            self._writer("val", epoch).add_image("predictions", pixels, epoch, dataformats="HWC")
+        for writer in self._writers.values():
+            writer.flush()
 
-    def scores(self, scores: dict[str, float]) -> None:
-        """Take in the scores that the run ends with, named `split_score`; their step follows the last epoch's."""
-        for name, value in scores.items():
-            self._writer.add_scalar(name.replace("_", "/", 1), value, len(self.rows) + 1)
-        self._writer.flush()
-        self._mlflow.scores = scores
+    def scores(self, split: str, scores: dict[str, float]) -> None:
+        """Take in scores that the run ends with, of a split, or of "best", the best epoch's validation."""
+        self._scores |= (scores := {f"{split}/{name}": value for name, value in scores.items()})
+        self._mlflow.scores = self._scores
+        lines = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+        self._writer("").add_text(f"scores, {split}", "\n".join(["| score | |", "|---|---|", *lines]))
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         status = "FINISHED" if error is None else "FAILED" if issubclass(error, Exception) else "KILLED"
@@ -230,15 +248,36 @@ class ScoreLog:
         patterns = () if status == "KILLED" else ("best.pt", "*.json", "*.csv", "*.png", "predictions")
         self._mlflow.end(self.rows, status, [file for pattern in patterns for file in self.folder.glob(pattern)])
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # the first error is the one to tell
-            self._writer.close()
+            if error is None:
+                self._write_hparams()
+            for writer in self._writers.values():
+                writer.close()
+
+    def _writer(self, part: str, purge_step: int | None = None) -> SummaryWriter:
+        """TensorBoard's, of this folder or of one in it; what a killed run wrote from `purge_step` on is dropped."""
+        if part not in self._writers:
+            self._writers[part] = SummaryWriter(self.folder / part, purge_step=purge_step)
+        return self._writers[part]
+
+    def _write_hparams(self) -> None:
+        """The constants beside the scores that runs are compared by, for TensorBoard's table of runs."""
+        finals = {name: value for name, value in self._scores.items() if name.endswith(("/iou", "/dice"))}
+        constants = {name: value if value is not None else "None" for name, value in self.record["constants"].items()}
+        writer = self._writer("")
+        for summary in hparams(constants, finals):
+            writer.file_writer.add_summary(summary)
+        for name, value in finals.items():
+            writer.add_scalar(name, value)
 
     def _write_rows(self) -> None:
         if not self.rows:
             return (self.folder / "metrics.csv").unlink(missing_ok=True)
-        rows = [{"epoch": epoch, **row} for epoch, row in enumerate(self.rows, 1)]
-        columns = [name for name in dict.fromkeys(itertools.chain(*rows)) if name not in self.NOT_REPEATABLE]
+        rows = [
+            {"epoch": epoch, **{name: f"{value:.6g}" for name, value in row.items()}}
+            for epoch, row in enumerate(self.rows, 1)
+        ]
         with written_whole(self.folder / "metrics.csv") as file:
-            table = csv.DictWriter(file, columns, extrasaction="ignore")
+            table = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)))
             table.writeheader()
             table.writerows(rows)
 
@@ -282,12 +321,12 @@ class MLflowRun:
             if self._run_id is None:
                 self._take_up(client)
             for step, row in enumerate(rows[self._sent :], self._sent + 1):
-                self._log(client, row, step)
+                self._log(client, {sectioned(name): value for name, value in row.items()}, step)
                 self._sent = step
             if status:
                 has = client.get_run(self._run_id).data.metrics
                 lacking = {name: value for name, value in self.scores.items() if has.get(name) != value}
-                self._log(client, lacking, len(rows) + 1)
+                self._log(client, lacking, len(rows))
                 for file in files:
                     client.log_artifact(self._run_id, str(file))
                 client.set_terminated(self._run_id, status)
@@ -338,9 +377,14 @@ class MLflowRun:
         for name in logged.keys() & constants.keys():  # MLflow lets no parameter change: raised EPOCHS become a tag
             if logged[name] != str(constants[name]):
                 client.set_tag(run.info.run_id, name, constants[name])
-        history = client.get_metric_history(run.info.run_id, "train_loss") if found else ()
+        history = client.get_metric_history(run.info.run_id, "train/loss") if found else ()
         self._sent = max((point.step for point in history), default=0)
         self._run_id = run.info.run_id
+
+
+def sectioned(name: str) -> str:
+    """`train_loss` → `train/loss`, as MLflow has a section for each; other names as they are."""
+    return name.replace("_", "/", name.startswith(("train_", "val_")))
 
 
 def _mlflow_client() -> MlflowClient:

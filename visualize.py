@@ -26,8 +26,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from PIL import Image
+from matplotlib.legend import Legend
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageFilter
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch.utils.data import Dataset
 
@@ -46,10 +48,12 @@ from dataset import (
 )  # fmt: skip
 from model import FusionUNet, explanation
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): told apart with any kind of colour vision.
-OUTCOMES = {"hit": "#56b4e9", "missed": "#d55e00", "false alarm": "#f0e442", "wrong class": "#cc79a7"}
-CLASSES = ("#e69f00", "#009e73", "#0072b2", "#999999")  # those that are left, and a grey; again from the start if more
+# Apart in hue, with any colour vision (most are Okabe and Ito's, https://jfly.uni-koeln.de/color/); what is right, and
+# probability, have no hue.
+OUTCOMES = {"hit": "#ffffff", "missed": "#d55e00", "false alarm": "#56b4e9", "wrong class": "#aa4499"}
+CLASSES = ("#f0e442", "#009e73", "#6a3d9a", "#999999")  # from the start again if there are more
 COLUMNS = ("before", "after", "truth", "prediction", "errors", "probability")
+WINDOW = 256  # pixels, a side, that are drawn of a larger image
 CELL, DPI = 1.9, 75  # inches a side; six are 855 pixels across
 CJK = (
     "Noto Sans CJK JP",
@@ -84,11 +88,15 @@ def plot_predictions(
 ) -> Figure:
     """Draw a row for each of a few pairs: before, after, truth, prediction at 0.5, where the two differ, probability.
 
+    Of an image larger than 256 pixels it is the window of 256 with the most errors, marked in the whole. The errors lie
+    over the image after, dimmed; the score is that of the whole image.
+
     Args:
         model: the detector; its mode and its device are left as they were.
         dataset: gives (uint8 (3, H, W), uint8 (3, H, W), uint8 (1, H, W) in {0, …, K}) at an index.
-        device: where to predict.
-        num_samples: rows, spread evenly over the data set; all of it where it holds fewer.
+        device: where to predict; the CPU, which is said, where it is a CUDA device and there is none.
+        num_samples: rows, spread evenly over the data set, of up to eight neighbours the one with the most change; all
+            of it where it holds fewer.
         path: PNG to write, its folder made where missing; None writes nothing.
         items: what to draw instead, in this order.
 
@@ -97,41 +105,83 @@ def plot_predictions(
 
     Raises:
         ValueError: there is nothing to draw.
-        RuntimeError: `device` is a CUDA device and there is none.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError('no CUDA device here: call plot_predictions(..., device="cpu")')
+        print("no CUDA device here: predicting on the CPU", flush=True)
+        device = "cpu"
     if items is None and num_samples > 0 and len(dataset) > 0:
-        items = np.unique(np.linspace(0, len(dataset) - 1, num_samples).round().astype(int)).tolist()
+        items = _samples(dataset, num_samples)
     if not items:
         raise ValueError(f"nothing to draw: {num_samples} samples of a data set of {len(dataset)}")
-    size = CELL * len(COLUMNS), CELL * len(items) + 0.6
-    figure, axis = plt.subplots(figsize=size, layout="constrained")  # one for all: each costs as much as ten images
-    plt.close(figure)
-    home = next(model.parameters()).device
+    home, rows = next(model.parameters()).device, []
     try:
         model.to(device)
-        for row, index in enumerate(items):
+        for index in items:
             image_a, image_b, label = dataset[index]
-            probability = model.predict(image_a, image_b).numpy()
-            _draw_row(axis, row, image_a, image_b, label[0].numpy(), probability)
+            rows.append(_pictures(image_a, image_b, label[0].numpy(), model.predict(image_a, image_b).numpy()))
     finally:
         model.to(home)
+    columns = [name for name in ("whole", *COLUMNS) if any(name in pictures for pictures, _, _ in rows)]
+    size = CELL * len(columns), CELL * (len(items) + 0.45) + 0.6
+    figure, axis = plt.subplots(figsize=size, layout="constrained")  # one for all: each costs as much as ten images
+    plt.close(figure)
+    for row, (pictures, score, marked) in enumerate(rows):
+        for name, picture in pictures.items():
+            extent = _extent_of(picture, columns.index(name), row)
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="antialiased", extent=extent)
+        if marked:
+            left, right, bottom, top = _extent_of(pictures["whole"], 0, row)
+            x, y, width, height = marked
+            corner = left + x * (right - left), top + y * (bottom - top)
+            size = width * (right - left), height * (bottom - top)
+            axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=CLASSES[0], linewidth=1.5))
+        axis.text(columns.index("errors") + 0.5, row + 0.955, score, va="top", ha="center", fontsize=9)
     names = [dataset.name(index) if hasattr(dataset, "name") else index for index in items]
-    axis.set(xlim=(0, len(COLUMNS)), ylim=(len(items), 0), frame_on=False)
-    axis.set_xticks(np.arange(len(COLUMNS)) + 0.5, COLUMNS, fontsize=FONT["axes.titlesize"])
+    axis.set(xlim=(0, len(columns)), ylim=(len(items) + 0.45, 0), frame_on=False)
+    axis.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=FONT["axes.titlesize"])
     axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center")
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    _legend(figure, 1 if probability.ndim == 2 else len(probability))
+    title = ", ".join(filter(None, (model.origin, "changed: probability above 0.5")))
+    figure.suptitle(title, x=0.99, ha="right", size=10)
+    _draw_keys(axis, columns, len(items), model.head.out_channels)
     return _saved(figure, path)
 
 
-def _legend(figure: Figure, num_classes: int) -> None:
-    colours = {name: colour for name, colour in OUTCOMES.items() if num_classes > 1 or name != "wrong class"}
+def _samples(dataset: Dataset, count: int) -> list[int]:
+    """Items spread over the data set, of up to eight neighbours the one with the most change."""
+    chosen = []
+    for part in np.array_split(np.arange(len(dataset)), min(count, len(dataset))):
+        near = part[np.unique(np.linspace(0, len(part) - 1, 8).round().astype(int))].tolist()
+        changed = [int(((label := dataset[index][2]) > 0).logical_and(label != IGNORED).sum()) for index in near]
+        chosen.append(near[int(np.argmax(changed))])
+    return chosen
+
+
+def _extent_of(picture: np.ndarray, column: int, row: int) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of a picture in its cell, each 1 wide and high."""
+    height, width = 0.44 * np.array(picture.shape[:2]) / max(picture.shape[:2])
+    return column + 0.5 - width, column + 0.5 + width, row + 0.5 + height, row + 0.5 - height
+
+
+def _draw_keys(axis: Axes, columns: list[str], row: int, num_classes: int) -> None:
+    """Under each column that has colours, what they mean."""
+    keys = {"errors": {name: colour for name, colour in OUTCOMES.items() if num_classes > 1 or name != "wrong class"}}
     if num_classes > 1:
-        colours = {f"class {i}": colour for i, colour in enumerate(_class_colours(num_classes)[1:], 1)} | colours
-    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower right", ncols=len(colours), frameon=False)
+        colours = enumerate(_class_colours(num_classes)[1:], 1)
+        keys["prediction"] = {f"class {number}": colour for number, colour in colours}
+    for column, colours in keys.items():
+        patches = [Patch(facecolor=colour, edgecolor="black") for colour in colours.values()]
+        axis.add_artist(Legend(
+            axis, patches, list(colours), loc="upper center", bbox_to_anchor=(columns.index(column) + 0.5, row + 0.02),
+            bbox_transform=axis.transData, frameon=False, fontsize=9, labelspacing=0.2, borderaxespad=0,
+            ncols=-(-len(patches) // 4),
+        ))  # fmt: skip
+    x = columns.index("probability") + 0.5
+    bar = (x - 0.35, x + 0.35, row + 0.16, row + 0.06)
+    axis.imshow(np.linspace(0, 1, 256)[None], cmap="gray", vmin=0, vmax=1, extent=bar, aspect="auto")
+    axis.add_patch(Rectangle((x - 0.35, row + 0.06), 0.7, 0.1, fill=False, linewidth=0.8))
+    for place, text in ((x - 0.35, "0"), (x, "0.5"), (x + 0.35, "1")):
+        axis.text(place, row + 0.18, text, va="top", ha="center", fontsize=9)
 
 
 def _class_colours(num_classes: int) -> np.ndarray:
@@ -148,32 +198,49 @@ def _classes(probability: np.ndarray, threshold: float) -> np.ndarray:
     return ((of_each.sum(0) > threshold) * (1 + of_each.argmax(0))).astype(np.uint8)
 
 
-def _draw_row(
-    axis: Axes, row: int, image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
-) -> None:
+def _pictures(
+    image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
+) -> tuple[dict[str, np.ndarray], str, tuple[float, ...] | None]:
+    """The pictures of a pair by their columns, its score in words, and where in the whole they lie if it is larger.
+
+    That is x, y, width and height as shares of the whole, in 0..1.
+    """
     num_classes, prediction = 1 if probability.ndim == 2 else len(probability), _classes(probability, 0.5)
     ignored = truth == IGNORED
     truth, prediction = truth * ~ignored, prediction * ~ignored
-    labelled, predicted = truth > 0, prediction > 0
-    outcomes = (
-        labelled & (truth == prediction), labelled & ~predicted, predicted & ~labelled,
-        labelled & predicted & (truth != prediction),
-    )  # fmt: skip
-    union, hits = (labelled | predicted).sum(), outcomes[0].sum()
-    every = (slice(None, None, -(-max(truth.shape) // 512)),) * 2  # no more pixels than a row can show
-    errors = np.zeros((*truth[every].shape, 3))
-    for colour, where in zip(OUTCOMES.values(), outcomes, strict=True):
-        errors[where[every]] = to_rgb(colour)
-    errors[ignored[every]] = 0.5
-    before, after = (image.permute(1, 2, 0).numpy()[every] for image in (image_a, image_b))
-    truth, prediction = (_class_colours(num_classes)[mask[every]] for mask in (truth, prediction))
-    probability = probability.reshape(-1, *probability.shape[-2:]).sum(0)[every]
-    height, width = 0.44 * np.array(errors.shape[:2]) / max(errors.shape)  # from the middle of the square
-    for x, picture in enumerate((before, after, truth, prediction, errors, probability)):
-        extent = (x + 0.5 - width, x + 0.5 + width, row + 0.5 + height, row + 0.5 - height)
-        axis.imshow(picture, cmap="cividis", vmin=0, vmax=1, interpolation="antialiased", extent=extent)
-    score = f"IoU {hits / union:.2f}" if union else "no change, none found"
-    axis.text(COLUMNS.index("errors") + 0.5, row + 0.51 + height, score, va="top", ha="center", fontsize=9)
+    labelled, predicted, wrong = truth > 0, prediction > 0, truth != prediction
+    union, hits = (labelled | predicted).sum(), (labelled & ~wrong).sum()
+    score = f"IoU {hits / union:.2f}, {wrong.sum():,} px wrong" if union else "no change, none found"
+    before, after = (image.permute(1, 2, 0).numpy() for image in (image_a, image_b))
+    pictures, marked = {}, None
+    if max(truth.shape) > WINDOW:
+        score = f"whole: {score}"
+        y, x = _window_of_most(wrong + 1e-3 * labelled)
+        pictures["whole"] = after[(slice(None, None, -(-max(truth.shape) // (2 * WINDOW))),) * 2]
+        (height, width), (rows, columns) = truth.shape, (min(WINDOW, length) for length in truth.shape)
+        marked = x / width, y / height, columns / width, rows / height
+        window = slice(y, y + rows), slice(x, x + columns)
+        cut = [each[window] for each in (before, after, truth, prediction, labelled, predicted, wrong, ignored)]
+        before, after, truth, prediction, labelled, predicted, wrong, ignored = cut
+        probability = probability[..., *window]
+    errors = np.repeat(after.mean(2, keepdims=True) / 255 * 0.6, 3, axis=2)
+    where = (labelled & ~wrong, labelled & ~predicted, predicted & ~labelled, labelled & predicted & wrong)
+    for colour, there in zip(OUTCOMES.values(), where, strict=True):
+        errors[there] = 0.3 * errors[there] + 0.7 * np.array(to_rgb(colour))
+    errors[ignored] = 0.5
+    colours = _class_colours(num_classes)
+    chance = probability.reshape(-1, *probability.shape[-2:]).sum(0)
+    drawn = before, after, colours[truth], colours[prediction], errors, chance
+    return pictures | dict(zip(COLUMNS, drawn, strict=True)), score, marked
+
+
+def _window_of_most(weight: np.ndarray) -> tuple[int, int]:
+    """Upper left corner of the window that holds the most of (H, W)."""
+    height, width = (min(WINDOW, length) for length in weight.shape)
+    total = np.pad(weight.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    held = total[height:, width:] - total[:-height, width:] - total[height:, :-width] + total[:-height, :-width]
+    y, x = np.unravel_index(held.round(6).argmax(), held.shape)
+    return int(y), int(x)
 
 
 @plt.rc_context(FONT)
@@ -183,23 +250,31 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None =
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     plt.close(figure)
-    panels = {"loss": ("train_loss", "val_loss"), "IoU": ("train_iou", "val_iou"), "learning rate": ("learning_rate",)}
+    epochs = [int(row["epoch"]) for row in rows]
+    best = max(rows, key=lambda row: (float(row["val_iou"]), -float(row["val_loss"])))
+    panels = {
+        "loss": ("train_loss", "val_loss"), "IoU": ("train_iou", "val_iou"),
+        "learning rate": ("learning_rate", "peak_learning_rate"),
+    }  # fmt: skip
     for axis, (title, columns) in zip(axes, panels.items(), strict=True):
-        for column, colour in zip(columns, ("#0072b2", "#d55e00"), strict=False):
-            values = [float(row[column]) for row in rows]
-            axis.plot([int(row["epoch"]) for row in rows], values, "o-", color=colour, label=column.split("_")[0])
-        axis.set(title=title, xlabel="epoch", ylim=(0, 1.08 * axis.dataLim.y1 or 1))
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        for column, colour in zip(columns, ("#0072b2", "#d55e00"), strict=True):
+            label = {"learning_rate": "at the epoch's end", "peak_learning_rate": "its highest"}.get(column)
+            axis.plot(epochs, [float(row[column]) for row in rows], "o-", color=colour, markersize=4,
+                      label=label or column.split("_")[0])  # fmt: skip
+        axis.axvline(int(best["epoch"]), color="0.5", linestyle=":", label=f"best epoch, {best['epoch']}")
+        axis.set(title=title, xlabel="epoch", ylim=(0, 1.08 * axis.dataLim.y1 or 1), xlim=(0.5, len(rows) + 0.5))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+        axis.legend(frameon=False, fontsize=9)
+    axes[1].set_title(f"IoU, best {float(best['val_iou']):.4f}")
     return _saved(figure, path)
 
 
 @plt.rc_context(FONT)
 def plot_precision_recall(
-    curve: dict[str, np.ndarray], thresholds: Sequence[float] = (0.5,), title: str = "", path: str | None = None
+    curve: dict[str, np.ndarray], points: dict[float, dict[str, float]], title: str = "", path: str | None = None
 ) -> Figure:
-    """Draw a curve of `ChangeMetrics` over lines of equal F1, with points at some thresholds; closed for pyplot."""
+    """Draw a curve of `ChangeMetrics` over lines of equal F1, and the scores at some thresholds; closed for pyplot."""
     figure, axis = plt.subplots(figsize=(5.5, 5), layout="constrained")
     plt.close(figure)
     recall, precision = np.meshgrid(*[np.linspace(0.001, 1, 200)] * 2)
@@ -207,9 +282,9 @@ def plot_precision_recall(
     lines = axis.contour(recall, precision, f1, np.arange(0.1, 1, 0.1), colors="0.8", linewidths=0.8)
     axis.clabel(lines, fmt="F1 %.1f", fontsize=8)
     axis.plot(curve["recall"], curve["precision"], color="#0072b2")
-    for threshold, marker in zip(thresholds, "osd^", strict=False):
-        at = np.abs(curve["threshold"] - threshold).argmin()
-        axis.plot(curve["recall"][at], curve["precision"][at], marker, color="#d55e00", label=f"at {threshold:.2f}")
+    for (threshold, scores), marker in zip(points.items(), "osd^", strict=False):
+        label = f"above {threshold:.4g}: F1 {scores['dice']:.3f}"
+        axis.plot(scores["recall"], scores["precision"], marker, color="#d55e00", label=label)
     axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
     axis.legend(loc="lower left", frameon=False)
     return _saved(figure, path)
@@ -277,7 +352,7 @@ def write_masks(
     plan, several = _plan(before, after, out, overwrite)
     model = FusionUNet.load(checkpoint, device)
     model.threshold = model.threshold if threshold is None else threshold
-    print(f"{len(plan)} to predict; changed where the probability is above {model.threshold:.3f}", flush=True)
+    print(f"{len(plan)} to predict; changed where the probability is above {model.threshold:.4g}", flush=True)
     failed = []
     for path_a, path_b, files in progress(plan, unit="pair", delay=1) if several else plan:
         try:
@@ -359,19 +434,20 @@ def _read_pair(path_a: Path, path_b: Path, align: bool) -> tuple[np.ndarray, np.
 
 
 def _write(chance: np.ndarray, mask: np.ndarray, image: np.ndarray, place: Place, files: Sequence[Path]) -> None:
-    """Save the mask, the image with what changed in colour, small enough to look at, and if asked the probability."""
+    """Save the mask, the image with what changed outlined, small enough to look at, and if asked the probability."""
     files[0].parent.mkdir(parents=True, exist_ok=True)
     binary = chance.ndim == 2
     factor = -(-max(mask.shape) // OVERLAY_SIDE)
-    picture = _reduced(image, factor).astype(np.float32)
-    colours = [OUTCOMES["missed"]] if binary else _class_colours(len(chance))[1:]
-    for kind, colour in enumerate(colours, 1):
-        share = _reduced((mask == kind).view(np.uint8) * np.uint8(255), factor)[..., None] / 255 * 0.6
-        picture = picture * (1 - share) + 255 * np.array(to_rgb(colour)) * share
+    picture = _reduced(image, factor)
+    for kind, colour in enumerate(_class_colours(len(chance))[1:] if not binary else [to_rgb(CLASSES[0])], 1):
+        area = Image.fromarray((_reduced((mask == kind).view(np.uint8) * np.uint8(255), factor) > 0).view(np.uint8))
+        wide, narrow = (np.asarray(area.filter(each)) for each in (ImageFilter.MaxFilter(3), ImageFilter.MinFilter(3)))
+        picture[wide > np.asarray(area)] = 0  # black beside the colour: seen on any roof
+        picture[np.asarray(area) > narrow] = np.round(255 * np.array(colour))
     palette = None if binary else _class_colours(len(chance))
     for lost in place.save(mask * np.uint8(255) if binary else mask, files[0], palette):
         print(f"{files[0]}: {lost}", flush=True)
-    Image.fromarray(picture.round().astype(np.uint8)).save(files[1], quality=90)
+    Image.fromarray(picture).save(files[1], quality=90)
     for file in files[2:]:
         chance = chance if binary else chance.sum(0).clip(max=1)
         chance *= 65535

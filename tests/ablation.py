@@ -127,6 +127,33 @@ class FullResolution(model.FusionUNet):
         return self.head1(x).float()[..., :height, :width]
 
 
+class DeepSupervision(model.FusionUNet):
+    """The decoder's steps at strides 4 and 8 have heads of their own, whose logits are trained on, too."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1) for channels in model.CHANNELS[1:3])
+        self.train()
+        for up, head in zip((self.up4, self.up8), self.heads, strict=True):
+            nn.init.constant_(head.bias, -3.0)
+            up.register_forward_hook(lambda _, __, x, head=head: COARSE.append(head(x)) if self.training else None)
+
+
+class LossOfCoarse(losses.CombinedIoULoss):
+    """Plus 0.4 of the loss of each of the coarser logits, enlarged."""
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        loss = super().forward(logits, label)
+        for coarse in COARSE[-2:]:
+            coarse = F.interpolate(coarse.float(), size=label.shape[-2:], mode="bilinear", align_corners=False)
+            loss = loss + 0.4 * super().forward(coarse, label)
+        COARSE.clear()
+        return loss
+
+
+COARSE: list[Tensor] = []
+
+
 class Wide(nn.Module):
     """Enlarged as wide as it is, concatenated with the skip, and only then narrowed."""
 
@@ -389,6 +416,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "half as wide": {"model.CHANNELS": tuple(width // 2 for width in model.CHANNELS)},
     "wider where it is coarse": {"model.CHANNELS": (32, 64, 128, 192, 256)},
     "decoder concatenates, then narrows": {"model.Up": Wide},
+    "heads and losses at strides 4 and 8 too": {
+        "main.FusionUNet": DeepSupervision, "main.CombinedIoULoss": LossOfCoarse,
+    },
     "enlarged by pixel shuffle": {"model.Up": PixelShuffle},
     "trained encoder and decoder at full resolution": {"main.FusionUNet": FullResolution},
     # backbone

@@ -34,10 +34,12 @@ CONSTANTS = {
 
 
 def result(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], str, str]:
-    """What must agree to the bit: the weights of both checkpoints, metrics.csv, and the scores of the test split."""
+    """What must agree to the bit: both checkpoints' weights, metrics.csv but for times, the test split's scores."""
     folder = Path("runs", name)
     last, best = (torch.load(folder / file, weights_only=True)["model"] for file in ("last.pt", "best.pt"))
-    return last, best, (folder / "metrics.csv").read_text(), (folder / "test_metrics.json").read_text()
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [{name: value for name, value in row.items() if "second" not in name} for row in csv.DictReader(file)]
+    return last, best, json.dumps(rows), (folder / "test_metrics.json").read_text()
 
 
 def differences(name: str, other: str) -> list[str]:
@@ -56,13 +58,15 @@ def wrong_steps(name: str) -> list[str]:
     """Where TensorBoard or MLflow lack an epoch of metrics.csv, or have it twice."""
     with open(Path("runs", name, "metrics.csv")) as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
-    events = EventAccumulator(f"runs/{name}", {"images": 0}).Reload()
-    logged = {tag: [event.step for event in events.Scalars(tag)] for tag in ("train/loss", "val/iou")}
+    logged = {}
+    for split in ("train", "val"):
+        events = EventAccumulator(f"runs/{name}/{split}", {"images": 0}).Reload()
+        logged[f"TensorBoard, {split}"] = [event.step for event in events.Scalars("iou")]
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name("LEVIRCD-FusionUNet").experiment_id
     record = json.loads(Path("runs", name, "constants.json").read_text())
     (run,) = client.search_runs([experiment], f"tags.id = '{record['id']}'")
-    logged["MLflow"] = [point.step for point in client.get_metric_history(run.info.run_id, "val_iou")]
+    logged["MLflow"] = [point.step for point in client.get_metric_history(run.info.run_id, "val/iou")]
     found = [f"{title}: steps {steps}" for title, steps in logged.items() if steps != epochs]
     return found + ([f"MLflow: {run.info.status}"] if run.info.status != "FINISHED" else [])
 

@@ -15,6 +15,7 @@ import sys
 import time
 import typing
 import uuid
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +63,7 @@ def test_a_whole_run(tiny, capsys):
     assert {path.name for path in run.iterdir() if "events" not in path.name} == {
         "best.pt", "last.pt", "constants.json", "metrics.csv", "curves.png", "predictions",
         "validation_predictions.png", "test_metrics.json", "per_image.csv", "precision_recall.png", "worst.png",
-        "best.png", ".lock",
+        "best.png", ".lock", "train", "val",
     }  # fmt: skip
     drawn = sorted(int(path.stem[-1]) for path in (run / "predictions").iterdir())  # later ones if there is the time
     assert drawn[0] == 1 and drawn[-1] <= 4
@@ -73,28 +74,35 @@ def test_a_whole_run(tiny, capsys):
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"] and list(rows[0])[:2] == ["epoch", "train_loss"]
     assert float(rows[3]["train_loss"]) < 0.8 * float(rows[0]["train_loss"])
-    assert scores["val_iou"] == max(float(row["val_iou"]) for row in rows)
+    assert scores["val_iou"] == pytest.approx(max(float(row["val_iou"]) for row in rows), rel=1e-5)
+    assert [int(row["step"]) for row in rows] == [4, 8, 12, 16] and all(float(row["seconds"]) > 0 for row in rows)
+    assert float(rows[3]["learning_rate"]) < float(rows[0]["learning_rate"]) < float(rows[0]["peak_learning_rate"])
     assert json.loads((run / "test_metrics.json").read_text())["test_iou"] == scores["test_iou"]
 
     record = json.loads((run / "constants.json").read_text())
     assert record["constants"] == {name: getattr(main, name) for name in record["constants"]} | constants
     assert not record["demo"] and record["versions"]["torch"] == torch.__version__
 
-    events = EventAccumulator(str(run)).Reload()
-    assert [event.step for event in events.Scalars("val/iou")] == [1, 2, 3, 4]
-    assert events.Scalars("val/iou")[1].value == pytest.approx(float(rows[1]["val_iou"]))
-    assert [event.step for event in events.Images("predictions")] == drawn
+    train, val, whole = (EventAccumulator(str(run / part)).Reload() for part in ("train", "val", ""))
+    assert all([event.step for event in split.Scalars("iou")] == [1, 2, 3, 4] for split in (train, val))
+    assert val.Scalars("iou")[1].value == pytest.approx(float(rows[1]["val_iou"]), rel=1e-5)
+    assert [event.step for event in val.Images("predictions")] == drawn
+    assert [event.step for event in whole.Scalars("steps/loss")] == [4, 8, 12, 16]
+    assert whole.Scalars("steps/loss")[0].value == pytest.approx(float(rows[0]["train_loss"]), rel=1e-5)
+    assert whole.Scalars("test/iou")[0].value == pytest.approx(scores["test_iou"])
+    assert {"constants/text_summary", "scores, test/text_summary"} <= set(whole.Tags()["tensors"])
 
     logged = logged_run("run")
     assert logged.info.status == "FINISHED"
     assert logged.data.params == {name: str(value) for name, value in record["constants"].items()}
-    assert logged.data.tags["demo"] == "False" and logged.data.metrics["test_iou"] == scores["test_iou"]
-    history = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "val_iou")
-    assert [(point.step, point.value) for point in history] == [
-        (i, float(rows[i - 1]["val_iou"])) for i in (1, 2, 3, 4)
-    ]
+    assert logged.data.tags["demo"] == "False" and logged.data.metrics["test/iou"] == scores["test_iou"]
+    history = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "val/iou")
+    assert [point.step for point in history] == [1, 2, 3, 4]
+    assert [point.value for point in history] == pytest.approx([float(row["val_iou"]) for row in rows], rel=1e-5)
+    assert logged.data.metrics["best/iou"] == scores["val_iou"]
     artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(logged.info.run_id)}
-    assert artifacts == {path.name for path in run.iterdir() if "events" not in path.name} - {"last.pt", ".lock"}
+    kept_here = {"last.pt", ".lock", "train", "val"}
+    assert artifacts == {path.name for path in run.iterdir() if "events" not in path.name} - kept_here
 
     # What is frozen is as it was, its statistics too.
     torch.manual_seed(main.SEED)
@@ -107,7 +115,7 @@ def test_a_whole_run(tiny, capsys):
     # The saved model is the one that was scored, and it is scored the same again.
     again = main.main(EVALUATE=str(run / "best.pt"), **constants | {"RUN_NAME": "again"})
     assert again == {name: value for name, value in scores.items() if name.startswith("test_")}
-    assert logged_run("again").data.metrics["test_whole_iou"] == again["test_whole_iou"]
+    assert logged_run("again").data.metrics["test/whole_iou"] == again["test_whole_iou"]
 
 
 def test_scores_of_a_split(tmp_path):
@@ -143,7 +151,14 @@ def test_scores_of_a_split(tmp_path):
     with open("runs/run/per_image.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["name"] for row in rows} == {"pair_0", "pair_1"}
-    assert [float(row["iou"]) for row in rows] == sorted(float(row["iou"]) for row in rows)
+    wrong = [int(row["wrong_pixels"]) for row in rows]
+    assert wrong == sorted(wrong, reverse=True)
+    for row, index in zip(rows, (int(row["name"][-1]) for row in rows), strict=True):
+        *images, label = LEVIRCD("set", "val")[index]
+        predicted = loaded.predict(*images).numpy() > 0.5
+        assert int(row["labelled_pixels"]) == label.sum()
+        assert int(row["wrong_pixels"]) == (label[0].numpy() != predicted).sum()
+        assert int(row["predicted_pixels"]) == predicted.sum()
     assert json.loads(Path("runs/run/val_metrics.json").read_text()) == scores
 
 
@@ -181,7 +196,7 @@ def test_demo_of_three_classes(tiny, capsys):
     labelled = [kind for kind in (1, 2, 3) if any((label == kind).any() for label in labels)]
     assert scores["val_iou"] == pytest.approx(np.mean([scores[f"val_iou_{kind}"] for kind in labelled]))
     said = capsys.readouterr().out
-    assert "DATA_DIR=data/demo_classes" in said and all(f"iou_{i}" in said for i in (1, 2, 3))
+    assert "DATA_DIR=data/demo_classes" in said and all(f"IoU {i}" in said for i in (1, 2, 3))
     assert main.main(EVALUATE="runs/classes/best.pt", **constants) == {
         name: value for name, value in scores.items() if name.startswith("test_")
     }
@@ -389,7 +404,7 @@ def test_a_checkpoint_knows_the_data_it_was_trained_on(tiny, capsys):
     again = main.main(EVALUATE="runs/run/best.pt", DEVICE="cpu")
     said = capsys.readouterr().out
     assert again == {name: value for name, value in scores.items() if name.startswith("test_")}
-    assert said.startswith(f"{tiny}, test; ") and "DEMO" not in said
+    assert said.startswith(f"{tiny}, test, 2 images; ") and "DEMO" not in said
     shutil.rmtree(tiny)
     with pytest.raises(DataError, match=f"{tiny}/test/A: no such folder"):
         main.main(EVALUATE="runs/run/best.pt", DEVICE="cpu")
@@ -451,7 +466,7 @@ def test_faults_of_the_machine_are_one_line(tiny):
     cases = {
         ("BATCH_SIZE=1",): (1, "BatchNorm has a single value a channel"),
         ("DEVICE=meta",): (1, "DEVICE=meta: "),
-        ("BATCH_SIZE=4", "RUN_NAME=alone"): (0, "best epoch's validation IoU"),
+        ("BATCH_SIZE=4", "RUN_NAME=alone"): (0, "all runs        tensorboard --logdir runs"),
     }
     for arguments, (code, words) in cases.items():
         Path("output.txt").unlink(missing_ok=True)
@@ -513,7 +528,8 @@ def test_other_data_are_not_gone_on_with(trained):
 def test_a_damaged_checkpoint_is_told_with_what_is_left(trained):
     last = Path("runs/run/last.pt")
     held = bytearray(last.read_bytes())
-    held[len(held) // 2] ^= 1  # a bit of some weight, which torch itself would take
+    weights = max(zipfile.ZipFile(last).infolist(), key=lambda part: part.file_size)
+    held[weights.header_offset + weights.file_size // 2] ^= 1  # a bit of some weight, which torch itself would take
     last.write_bytes(held)
     with pytest.raises(
         ModelError,
@@ -558,11 +574,13 @@ def work(folder: Path, environment: dict[str, str]) -> None:
         loader = make_loader(LEVIRCD(folder, "val", 32), 2, 0, on_gpu=False, rank=rank, world=world)
         config = SimpleNamespace(ALPHA=0.5, NUM_CLASSES=1)
         scores, counts = main.evaluate(model, loader, config, "val", amp=False)
-        # A step's gradients, but for BatchNorm, which evaluate left with its statistics.
+        # A step's gradients, but for BatchNorm, which keeps its statistics.
+        for module in model.train().modules():
+            module.train(not isinstance(module, main.BATCH_NORMS) and module.training)
         pair = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(2))[:, rank::world]
         label = (torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(3)) < 0.3)[rank::world]
         parallel = main.wrapped(model, False)  # must live until the gradients have come
-        CombinedIoULoss(0.5)(parallel(*pair), label).backward()
+        sum(CombinedIoULoss(0.5)(logits, label) for logits in parallel(*pair)).backward()
         found["step"] = torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad])
         found |= {"counts": torch.from_numpy(counts._passed()), "score": torch.tensor(scores["loss"])}
     torch.save(found, folder / f"{environment.get('RANK', 'alone')}.pt")
@@ -614,8 +632,8 @@ def test_two_processes_go_on_as_one(one_epoch, tmp_path, monkeypatch):
             rows[folder] = [[float(value) for value in line] for line in lines]
         assert wrong_steps("run") == []
     assert rows["one"][0] == rows["two"][0] and len(rows["two"]) == 2
-    # On CPUs BatchNorm sees the two pairs of each process, not all four: the losses are 0.03 apart.
-    losses = {name: (row[1][1], row[1][header.index("val_loss")]) for name, row in rows.items()}
+    # On CPUs BatchNorm sees the two pairs of each process, not all four: the losses are 0.02 apart.
+    losses = {name: row[1][header.index("train_loss")] for name, row in rows.items()}
     assert losses["one"] == pytest.approx(losses["two"], abs=0.1)
 
 
@@ -726,7 +744,7 @@ def test_names_of_the_environment_and_an_experiment_that_was_deleted(tiny, track
     twin = metrics.MLflowRun("run", record)
     twin.send([{"train_loss": 0.5}])
     (run,) = client.search_runs([where])
-    assert (run.info.run_name, run.data.metrics) == ("a name", {"train_loss": 0.5})
+    assert (run.info.run_name, run.data.metrics) == ("a name", {"train/loss": 0.5})
 
 
 @pytest.mark.parametrize(

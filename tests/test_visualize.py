@@ -1,11 +1,13 @@
 """Pictures, the masks of files, and that these lie where their images lie."""
 
 import ast
+import itertools
 import os
 import re
 import struct
 import subprocess
 import sys
+from colorsys import rgb_to_hsv
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from dataset import LEVIRCD, DataError, Tiff, read_image
 from model import FusionUNet
 from visualize import (
     CLASSES,
+    COLUMNS,
     CRS,
     GEOTAGS,
     METRE,
@@ -96,11 +99,21 @@ def model_of_two() -> FusionUNet:
     return model
 
 
+def legends(figure) -> set[str]:
+    """What the keys under the columns name."""
+    keys = [artist for artist in figure.axes[0].artists if hasattr(artist, "get_texts")]
+    return {text.get_text() for key in keys for text in key.get_texts()}
+
+
 def test_reads_only_what_it_draws_spread_over_the_set(model, tmp_path):
-    data = Recorder(101)
+    data = Recorder(1000)
     figure = plot_predictions(model, data, device="cpu", num_samples=5, path=tmp_path / "new" / "x.png")
-    assert data.read == [0, 25, 50, 75, 100]
-    assert len(figure.axes[0].get_images()) == 30
+    *looked_at, a, b, c, d, e = data.read
+    assert 0 <= a < 200 <= b < 400 <= c < 600 <= d < 800 <= e < 1000 and len(looked_at) <= 40
+    changed = {index: int(data[index][2].sum()) for index in looked_at}
+    for drawn in (a, b, c, d, e):  # of its neighbours the one with the most change
+        assert changed[drawn] == max(changed[index] for index in looked_at if index // 200 == drawn // 200)
+    assert len(figure.axes[0].get_images()) == 30 + 1  # the last is the bar of the probability
     width, height = Image.open(tmp_path / "new" / "x.png").size
     assert 800 < width < 900 and height > 700
 
@@ -108,7 +121,7 @@ def test_reads_only_what_it_draws_spread_over_the_set(model, tmp_path):
 @pytest.mark.parametrize(("length", "samples", "rows"), [(1, 1, 1), (3, 10, 3), (10, 1, 1)])
 def test_as_many_rows_as_there_are(model, length, samples, rows):
     figure = plot_predictions(model, Recorder(length, (40, 24)), device="cpu", num_samples=samples, path=None)
-    assert len(figure.axes[0].get_images()) == 6 * rows
+    assert len(figure.axes[0].get_images()) == 6 * rows + 1
 
 
 def test_leaves_mode_device_and_pyplot_alone(model):
@@ -122,7 +135,7 @@ def test_errors_are_drawn_and_scored(model):
     data = Recorder(1)
     figure = plot_predictions(model, data, device="cpu", num_samples=1, path=None)
     images = [image.get_array() for image in figure.axes[0].get_images()]
-    before, after, truth, prediction, errors, drawn_probability = images
+    before, after, truth, prediction, errors, drawn_probability, _ = images
     image_a, image_b, label = data[0]
     assert np.array_equal(before, image_a.permute(1, 2, 0)) and np.array_equal(after, image_b.permute(1, 2, 0))
     probability = model.predict(image_a, image_b).numpy()
@@ -134,11 +147,14 @@ def test_errors_are_drawn_and_scored(model):
         ("missed", ~predicted & labelled),
         ("false alarm", predicted & ~labelled),
     ):
-        drawn = np.isclose(errors, to_rgb(OUTCOMES[name])).all(-1)
+        dimmed = image_b.float().mean(0).numpy()[..., None] / 255 * 0.6  # the image after is seen through it
+        drawn = np.isclose(errors, 0.3 * dimmed + 0.7 * np.array(to_rgb(OUTCOMES[name])), atol=1e-6).all(-1)
         assert np.array_equal(drawn, where)
+    assert np.allclose(errors[~predicted & ~labelled], dimmed[~predicted & ~labelled])
     iou = (predicted & labelled).sum() / (predicted | labelled).sum()
-    assert [text.get_text() for text in figure.axes[0].texts] == [f"IoU {iou:.2f}"]
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == set(OUTCOMES) - {"wrong class"}
+    wrong = (predicted != labelled).sum()
+    assert figure.axes[0].texts[0].get_text() == f"IoU {iou:.2f}, {wrong:,} px wrong"
+    assert legends(figure) == set(OUTCOMES) - {"wrong class"}
 
 
 def test_several_classes_have_their_colours(model_of_two):
@@ -149,18 +165,26 @@ def test_several_classes_have_their_colours(model_of_two):
 
     figure = plot_predictions(model_of_two, Classes(1), device="cpu", path=None)
     image_a, image_b, label = Classes(1)[0]
-    _, _, truth, prediction, errors, drawn = (image.get_array() for image in figure.axes[0].get_images())
+    _, _, truth, prediction, errors, drawn, _ = (image.get_array() for image in figure.axes[0].get_images())
     one, two = model_of_two.predict(image_a, image_b).numpy()
     guess, label = np.where(one + two > 0.5, np.where(two > one, 2, 1), 0), label[0].numpy()
     assert {0, 1, 2} == set(guess.flat) and np.array_equal(drawn, one + two)
     for shown, classes in ((truth, label), (prediction, guess)):
         for number, colour in enumerate(("black", *CLASSES[:2])):
             assert np.array_equal(np.isclose(shown, to_rgb(colour)).all(-1), classes == number)
-    wrong = np.isclose(errors, to_rgb(OUTCOMES["wrong class"])).all(-1)
+    dimmed = image_b.float().mean(0).numpy()[..., None] / 255 * 0.6
+    wrong = np.isclose(errors, 0.3 * dimmed + 0.7 * np.array(to_rgb(OUTCOMES["wrong class"])), atol=1e-6).all(-1)
     assert np.array_equal(wrong, (guess > 0) & (label > 0) & (guess != label)) and wrong.any()
     right = ((guess == label) & (label > 0)).sum() / ((guess > 0) | (label > 0)).sum()
-    assert [text.get_text() for text in figure.axes[0].texts] == [f"IoU {right:.2f}"]
-    assert {text.get_text() for text in figure.legends[0].get_texts()} == {*OUTCOMES, "class 1", "class 2"}
+    assert figure.axes[0].texts[0].get_text() == f"IoU {right:.2f}, {(guess != label).sum():,} px wrong"
+    assert legends(figure) == {*OUTCOMES, "class 1", "class 2"}
+
+
+def test_no_two_meanings_share_a_hue():
+    colours = map(to_rgb, (*OUTCOMES.values(), *CLASSES))
+    hues = [360 * rgb_to_hsv(*colour)[0] for colour in colours if len(set(colour)) > 1]
+    apart = [min(abs(one - other), 360 - abs(one - other)) for one, other in itertools.combinations(hues, 2)]
+    assert len(hues) == 6 and min(apart) > 25
 
 
 def test_named_items_in_their_order(model):
@@ -170,27 +194,52 @@ def test_named_items_in_their_order(model):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["7", "2"]
 
 
-def test_a_large_image_is_drawn_thinned_and_scored_in_full(model):
-    data = Recorder(1, (64, 1100))
+def test_of_a_large_image_the_window_of_most_errors_is_drawn_and_all_of_it_scored(model):
+    class OneHouse(Recorder):
+        def __getitem__(self, index):
+            image_a, image_b, label = super().__getitem__(index)
+            predicted = model.predict(image_a, image_b) > 0.5
+            label[0] = predicted  # right everywhere but for one house
+            label[0, 300:330, 700:740] = ~predicted[300:330, 700:740]
+            return image_a, image_b, label
+
+    data = OneHouse(1, (400, 1100))
     figure = plot_predictions(model, data, device="cpu", path=None)
-    assert all(image.get_array().shape[:2] == (22, 367) for image in figure.axes[0].get_images())
-    image_a, image_b, label = data[0]
+    axis, (image_a, image_b, label) = figure.axes[0], data[0]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["whole", *COLUMNS]
+    whole, before, after, truth, _, errors, _, _ = (image.get_array() for image in axis.get_images())
+    assert whole.shape[:2] == (134, 367) and errors.shape[:2] == (256, 256)
+    left, right, bottom, top = axis.get_images()[0].get_extent()
+    (marked, *_) = (patch for patch in axis.patches if not patch.get_fill())
+    x = round(1100 * (marked.get_x() - left) / (right - left))
+    y = round(400 * (marked.get_y() - top) / (bottom - top))
+    assert marked.get_width() / (right - left) == pytest.approx(256 / 1100)
+    assert marked.get_height() / (bottom - top) == pytest.approx(256 / 400)
+    assert y <= 300 and y + 256 >= 330 and x <= 700 and x + 256 >= 740
+    assert np.array_equal(after, image_b[:, y : y + 256, x : x + 256].permute(1, 2, 0))
+    assert np.array_equal(truth[..., 0], label[0, y : y + 256, x : x + 256].numpy() > 0)
     predicted, labelled = model.predict(image_a, image_b).numpy() > 0.5, label[0].numpy() > 0
     iou = (predicted & labelled).sum() / (predicted | labelled).sum()
-    assert [text.get_text() for text in figure.axes[0].texts] == [f"IoU {iou:.2f}"]
+    assert axis.texts[0].get_text() == f"whole: IoU {iou:.2f}, 1,200 px wrong"
+
+
+def test_the_picture_says_where_its_model_comes_from(model):
+    model.origin = "some run, epoch 7"
+    figure = plot_predictions(model, Recorder(1), device="cpu", path=None)
+    assert figure.get_suptitle() == "some run, epoch 7, changed: probability above 0.5"
 
 
 def test_whole_images_and_tiles_of_a_real_data_set(model, tiny):
     tiles, whole = ["pair_0 [0, 0]", "pair_1 [0, 0]", "pair_1 [32, 32]"], ["pair_0", "pair_1"]
-    for crop_size, names in ((32, tiles), (None, whole)):
-        figure = plot_predictions(model, LEVIRCD(tiny, "val", crop_size), "cpu", num_samples=3, path=None)
+    for crop_size, names, items in ((32, tiles, [0, 4, 7]), (None, whole, None)):
+        figure = plot_predictions(model, LEVIRCD(tiny, "val", crop_size), "cpu", 3, None, items)
         assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_said_with_the_way_out(model):
-    with pytest.raises(RuntimeError, match='device="cpu"'):
-        plot_predictions(model, Recorder(1))
+def test_no_gpu_is_said_and_the_cpu_taken(model, capsys):
+    assert plot_predictions(model, Recorder(1), path=None).axes
+    assert capsys.readouterr().out == "no CUDA device here: predicting on the CPU\n"
 
 
 @pytest.mark.parametrize(("length", "samples"), [(0, 3), (3, 0)])
@@ -205,15 +254,17 @@ def test_a_picture_of_real_pairs_is_at_most_a_megabyte(model, real, tmp_path):
 
 
 def test_curves_show_the_table(tmp_path):
-    table = "epoch,train_loss,train_iou,val_loss,val_iou,learning_rate\n1,3,0.1,4,0.2,1e-3\n2,1,0.5,2,0.25,1e-4\n"
+    columns = "epoch,train_loss,train_iou,val_loss,val_iou,learning_rate,peak_learning_rate"
+    table = f"{columns}\n1,3,0.1,4,0.2,1e-3,2e-3\n2,1,0.5,2,0.25,1e-4,1e-3\n3,1,0.6,3,0.21,0,1e-4\n"
     (tmp_path / "metrics.csv").write_text(table)
     figure = plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
-    shown = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes}
+    shown = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines[:-1]] for axis in figure.axes}
     assert shown == {
-        "loss": [[[1, 3], [2, 1]], [[1, 4], [2, 2]]],
-        "IoU": [[[1, 0.1], [2, 0.5]], [[1, 0.2], [2, 0.25]]],
-        "learning rate": [[[1, 1e-3], [2, 1e-4]]],
+        "loss": [[[1, 3], [2, 1], [3, 1]], [[1, 4], [2, 2], [3, 3]]],
+        "IoU, best 0.2500": [[[1, 0.1], [2, 0.5], [3, 0.6]], [[1, 0.2], [2, 0.25], [3, 0.21]]],
+        "learning rate": [[[1, 1e-3], [2, 1e-4], [3, 0]], [[1, 2e-3], [2, 1e-3], [3, 1e-4]]],
     }
+    assert all(axis.lines[-1].get_xdata() == [2, 2] for axis in figure.axes)  # the best epoch
     assert (tmp_path / "curves.png").exists() and plt.get_fignums() == []
 
 
@@ -223,9 +274,19 @@ def test_precision_and_recall_are_marked_at_the_thresholds():
         "precision": np.array([0.1, 0.6, 1]),
         "recall": np.array([1, 0.8, 0]),
     }
-    axis = plot_precision_recall(curve, (0.5, 0.69)).axes[0]
-    points = {line.get_label(): line.get_xydata().tolist() for line in axis.lines if "at" in line.get_label()}
-    assert points == {"at 0.50": [[0.8, 0.6]], "at 0.69": [[0, 1]]}
+    nothing = {"precision": 0.0, "recall": 0.0, "dice": 0.0}
+    points = {0.5: {"precision": 0.6, "recall": 0.8, "dice": 0.6857}, 0.99966: nothing}
+    axis = plot_precision_recall(curve, points).axes[0]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.lines if "above" in line.get_label()}
+    assert drawn == {"above 0.5: F1 0.686": [[0.8, 0.6]], "above 0.9997: F1 0.000": [[0, 0]]}
+
+
+def test_one_epoch_has_whole_numbers_on_its_axis(tmp_path):
+    columns = "epoch,train_loss,train_iou,val_loss,val_iou,learning_rate,peak_learning_rate"
+    (tmp_path / "metrics.csv").write_text(f"{columns}\n1,3,0.1,4,0.2,1e-3,2e-3\n")
+    axis = plot_curves(tmp_path / "metrics.csv").axes[0]
+    low, high = axis.get_xlim()
+    assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
 
 
 # Masks of files
@@ -261,7 +322,7 @@ def test_the_mask_of_two_files(checkpoint, capsys):
     assert Image.open("mask_overlay.jpg").size == (56, 40)
     changed = (mask > 0).sum()
     assert f"mask.png: {changed:,} of 2,240 pixels changed" in (out := capsys.readouterr().out)
-    assert f", {changed / 4:,.1f} m²" in out and f"above {THRESHOLD:.3f}" in out
+    assert f", {changed / 4:,.1f} m²" in out and f"above {THRESHOLD:.4g}" in out
 
 
 def test_the_mask_of_several_classes(model_of_two, tmp_path, monkeypatch, capsys):
