@@ -208,7 +208,7 @@ def train_and_score(
     Path("images").mkdir(exist_ok=True)
     with written_whole(Path("images", picture.name), "wb") as file:
         file.write(picture.read_bytes())
-    log.scores("best", {name.removeprefix("val_"): value for name, value in scores.items()})
+    log.scores("val_best", {name.removeprefix("val_"): value for name, value in scores.items()})
     if "test" in loaders:
         scores |= score(best, loaders["test"], config, log)
     if not scores["val_iou"]:
@@ -314,7 +314,7 @@ def train(
         # Of about ten epochs, and in a tenth of the time at most.
         if (epoch == 1 or epoch % math.ceil(config.EPOCHS / 9) == 0) and drawing <= (start - began) / 10:
             model.origin = f"{log.folder.name}, epoch {epoch}"
-            plot_predictions(model, loaders["val"].dataset, device, num_samples=4, path=picture)
+            plot_predictions(model, loaders["val"].dataset, device, num_samples=2, path=picture)
             drawing += time.perf_counter() - start
         log.epoch(row, picture if picture.exists() else None)
         if is_best:

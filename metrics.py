@@ -236,7 +236,7 @@ class ScoreLog:
             writer.flush()
 
     def scores(self, split: str, scores: dict[str, float]) -> None:
-        """Take in scores that the run ends with, of a split, or of "best", the best epoch's validation."""
+        """Take in scores that the run ends with, of a split, or of "val_best", the best epoch's validation."""
         self._scores |= (scores := {f"{split}/{name}": value for name, value in scores.items()})
         self._mlflow.scores = self._scores
         lines = [f"| {name} | {value:.4f} |" for name, value in scores.items()]

@@ -258,7 +258,7 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None =
     }  # fmt: skip
     for axis, (title, columns) in zip(axes, panels.items(), strict=True):
         for column, colour in zip(columns, ("#0072b2", "#d55e00"), strict=True):
-            label = {"learning_rate": "at the epoch's end", "peak_learning_rate": "its highest"}.get(column)
+            label = {"learning_rate": "at the epoch's end", "peak_learning_rate": "highest in it"}.get(column)
             axis.plot(epochs, [float(row[column]) for row in rows], "o-", color=colour, markersize=4,
                       label=label or column.split("_")[0])  # fmt: skip
         axis.axvline(int(best["epoch"]), color="0.5", linestyle=":", label=f"best epoch, {best['epoch']}")

@@ -99,7 +99,7 @@ def test_a_whole_run(tiny, capsys):
     history = mlflow.MlflowClient().get_metric_history(logged.info.run_id, "val/iou")
     assert [point.step for point in history] == [1, 2, 3, 4]
     assert [point.value for point in history] == pytest.approx([float(row["val_iou"]) for row in rows], rel=1e-5)
-    assert logged.data.metrics["best/iou"] == scores["val_iou"]
+    assert logged.data.metrics["val_best/iou"] == scores["val_iou"]
     artifacts = {file.path for file in mlflow.MlflowClient().list_artifacts(logged.info.run_id)}
     kept_here = {"last.pt", ".lock", "train", "val"}
     assert artifacts == {path.name for path in run.iterdir() if "events" not in path.name} - kept_here
@@ -538,6 +538,16 @@ def test_a_damaged_checkpoint_is_told_with_what_is_left(trained):
         main.main(RESUME="runs/run")
     with pytest.raises(ModelError, match="damaged"):
         FusionUNet.load(last, "cpu")
+
+
+def test_the_notebook_of_the_readme_runs_as_it_stands(trained, capsys):
+    cells = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    namespace: dict[str, object] = {}
+    for cell in cells:
+        exec(cell, namespace)
+    assert Path("results.png").exists()
+    assert namespace["probability"].shape == namespace["label"].shape[1:]
+    assert namespace["model"].origin == "run, epoch 1"
 
 
 def test_one_process_at_a_time_is_at_a_run(trained):

@@ -207,7 +207,7 @@ def test_of_a_large_image_the_window_of_most_errors_is_drawn_and_all_of_it_score
     figure = plot_predictions(model, data, device="cpu", path=None)
     axis, (image_a, image_b, label) = figure.axes[0], data[0]
     assert [text.get_text() for text in axis.get_xticklabels()] == ["whole", *COLUMNS]
-    whole, before, after, truth, _, errors, _, _ = (image.get_array() for image in axis.get_images())
+    whole, _, after, truth, _, errors, _, _ = (image.get_array() for image in axis.get_images())
     assert whole.shape[:2] == (134, 367) and errors.shape[:2] == (256, 256)
     left, right, bottom, top = axis.get_images()[0].get_extent()
     (marked, *_) = (patch for patch in axis.patches if not patch.get_fill())
