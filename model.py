@@ -491,47 +491,76 @@ def save(checkpoint: dict, path: Path) -> None:
 # What trains it
 
 
-class KernelMuon(torch.optim.Muon):
+class KernelMuon(torch.optim.Optimizer):
     """Muon for convolutions, a kernel being a matrix of one row for each output channel.
 
-    It makes every direction in which the gradient points equally long, and so learns from fewer batches than AdamW
-    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    It makes every direction in which the gradient points about equally long, and so learns from fewer batches than
+    AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), with momentum as `torch.optim.Muon` has it. Its
+    Newton–Schulz iteration is one polynomial of the small square matrix M Mᵀ: these are brought to a few sizes, and all
+    of a size are multiplied at once.
 
     Args:
-        kernels: (out_channels, in_channels, height, width) each; they must stay where they are in memory.
-        **options: of `torch.optim.Muon`.
-
-    Raises:
-        RuntimeError: in a step, a kernel was moved.
+        kernels: (out_channels, in_channels, height, width) each.
+        lr: learning rate; a step is as long as one of AdamW's (Liu et al. 2025, arXiv:2502.16982).
+        weight_decay: decoupled.
+        momentum: of Nesterov's kind.
     """
 
-    def __init__(self, kernels: Sequence[nn.Parameter], **options: object):
-        self.kernels = kernels
-        super().__init__([nn.Parameter(self._rows(kernel, kernel.detach())) for kernel in kernels], **options)
+    COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # Jordan's
 
+    def __init__(self, kernels: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(kernels, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
     def step(self) -> None:
         """A step down the kernels' gradients."""
-        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
-            if kernel.data_ptr() != matrix.data_ptr():
-                raise RuntimeError("the model was moved after its optimizer was made: make a new one")
-            matrix.grad = None if kernel.grad is None else self._rows(kernel, kernel.grad)
-        super().step()
+        (group,) = self.param_groups
+        kernels = [kernel for kernel in group["params"] if kernel.grad is not None]
+        gradients = [kernel.grad for kernel in kernels]
+        for kernel in kernels:
+            if not self.state[kernel]:
+                self.state[kernel]["momentum"] = torch.zeros_like(kernel)
+        momenta = [self.state[kernel]["momentum"] for kernel in kernels]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        by_size: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for kernel, direction in zip(kernels, directions, strict=True):
+            if kernel.is_contiguous(memory_format=torch.channels_last):
+                kernel, direction = kernel.permute(0, 2, 3, 1), direction.permute(0, 2, 3, 1)
+            weight, matrix = kernel.view(len(kernel), -1), direction.reshape(len(kernel), -1)
+            if weight.shape[0] > weight.shape[1]:
+                weight, matrix = weight.T, matrix.T
+            by_size.setdefault(-(-len(matrix) // 32) * 32, []).append((weight, matrix))
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # a rounded M Mᵀ has negative eigenvalues, which would grow
+        for size, pairs in by_size.items():
+            factors = self._orthogonalising([matrix for _, matrix in pairs], size)
+            for (weight, matrix), factor in zip(pairs, factors, strict=True):
+                rate = group["lr"] * 0.2 * max(matrix.shape) ** 0.5
+                factor = factor[: len(matrix), : len(matrix)]
+                weight.addmm_(factor, matrix, beta=1 - group["lr"] * group["weight_decay"], alpha=-rate)
+        torch.set_float32_matmul_precision(precision)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
-        for kernel in self.kernels:
-            kernel.grad = None
-
-    @staticmethod
-    def _rows(kernel: Tensor, values: Tensor) -> Tensor:
-        """The values in a kernel's own order in memory, so that the kernel itself is seen as a matrix, not copied."""
-        if kernel.is_contiguous(memory_format=torch.channels_last):
-            values = values.permute(0, 2, 3, 1)
-        return values.reshape(len(values), -1)
+    def _orthogonalising(self, matrices: list[Tensor], size: int) -> Tensor:
+        """(N, size, size): what each matrix M of at most so many rows is multiplied by, so that its singular values are
+        about 1."""
+        square = matrices[0].new_zeros(len(matrices), size, size)
+        for each, matrix in zip(square, matrices, strict=True):
+            each[: len(matrix), : len(matrix)] = matrix @ matrix.T
+        norm = square.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=1e-14)[:, None, None]  # of Frobenius, squared
+        square /= norm
+        factor = torch.eye(size, device=square.device).expand_as(square)
+        a, b, c = self.COEFFICIENTS
+        for _ in range(self.ITERATIONS):  # M ← a M + (b M Mᵀ + c (M Mᵀ)²) M
+            polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            factor = torch.baddbmm(factor, polynomial, factor, beta=a)
+            half = torch.baddbmm(square, polynomial, square, beta=a)
+            square = torch.baddbmm(half, half, polynomial, beta=a)
+        return factor / norm.sqrt()
 
 
 def make_optimizers(model: nn.Module, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """What trains a `FusionUNet`; its rates for Muon are made comparable with AdamW's."""
+    """What trains a `FusionUNet`: Muon for what it has of new convolutions, AdamW for the rest."""
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     backbone = [value for name, value in trained.items() if name.startswith("stages.")]
     decoder = {name: value for name, value in trained.items() if not name.startswith("stages.")}
@@ -540,7 +569,7 @@ def make_optimizers(model: nn.Module, learning_rate: float, weight_decay: float)
     groups = [{"params": rest}] + [{"params": backbone, "lr": BACKBONE_RATE * learning_rate}] * bool(backbone)
     options = {"lr": learning_rate, "weight_decay": weight_decay}
     return [
-        KernelMuon(kernels, adjust_lr_fn="match_rms_adamw", **options),
+        KernelMuon(kernels, **options),
         torch.optim.AdamW(groups, fused=True, **options),
     ]
 

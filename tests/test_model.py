@@ -431,8 +431,9 @@ def test_a_kernel_is_stepped_as_its_matrix_is(shape, memory_format):
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
     kernel = nn.Parameter(start.clone().contiguous(memory_format=memory_format))
     matrix = nn.Parameter(start.flatten(1).clone())
-    options = {"lr": 0.1, "weight_decay": 0.5, "adjust_lr_fn": "match_rms_adamw"}
-    ours, torchs = KernelMuon([kernel], **options), torch.optim.Muon([matrix], **options)
+    options = {"lr": 0.1, "weight_decay": 0.5}
+    ours = KernelMuon([kernel, nn.Parameter(torch.ones(2, 3, 1, 1))], **options)  # the other has no gradient
+    torchs = torch.optim.Muon([matrix], **options, adjust_lr_fn="match_rms_adamw")
     for gradient in gradients:
         kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1).clone()  # in another order than the kernel
         ours.step()
@@ -447,25 +448,49 @@ def test_each_parameter_has_one_optimizer(frozen):
     model = FusionUNet(weights=None, freeze_backbone=frozen, backbone="resnet18").to(memory_format=torch.channels_last)
     muon, adamw = make_optimizers(model, 1e-2, 0)
     others = {id(value): group["lr"] for group in adamw.param_groups for value in group["params"]}
-    matrices = {matrix.data_ptr() for matrix in muon.param_groups[0]["params"]}
+    kernels = {id(kernel) for kernel in muon.param_groups[0]["params"]}
     for name, value in model.named_parameters():
         if name.startswith("stages."):
             assert others.get(id(value)) == (None if frozen else pytest.approx(1e-3))
         elif value.ndim == 4 and not re.fullmatch(r"head[48]?.weight", name):
-            assert value.data_ptr() in matrices and id(value) not in others
+            assert id(value) in kernels and id(value) not in others
         else:
             assert others[id(value)] == 1e-2
-    assert len(matrices) == len(muon.kernels)
+    assert len(kernels) + len(others) == sum(value.requires_grad for value in model.parameters())
 
 
-def test_a_kernel_that_was_moved_is_not_left_behind_in_silence():
-    layer = nn.Conv2d(4, 8, 3)
-    optimizer = KernelMuon([layer.weight])
-    layer(torch.randn(1, 4, 8, 8)).sum().backward()
-    optimizer.step()
-    layer.to(memory_format=torch.channels_last)
-    with pytest.raises(RuntimeError, match="make a new one"):
-        optimizer.step()
+def test_directions_of_any_length_become_about_one():
+    """Also those far shorter than the longest, of kernels of several sizes at once, in a precision set to less."""
+    torch.manual_seed(0)
+    shapes = [(8, 4, 3, 3), (40, 3, 3, 3), (64, 64, 3, 3), (100, 100, 1, 1)]
+    lengths = [torch.logspace(0, -1.5, min(shape[0], shape[1] * shape[2] * shape[3])) for shape in shapes]
+    kernels = []
+    for shape, length in zip(shapes, lengths, strict=True):
+        left, _, right = torch.linalg.svd(torch.randn(shape).flatten(1), full_matrices=False)
+        kernels.append(nn.Parameter(torch.zeros(shape)))
+        kernels[-1].grad = (left * length @ right).view(shape)
+    KernelMuon(kernels, lr=1.0, weight_decay=0.0, momentum=0.0).step()
+    for kernel in kernels:
+        step = -kernel.detach().flatten(1) / (0.2 * max(kernel.flatten(1).shape) ** 0.5)
+        assert 0.6 < (found := torch.linalg.svdvals(step)).min() and found.max() < 1.3
+        # Each keeps its own direction: what was orthogonalised still points where the gradient does.
+        assert (step * kernel.grad.flatten(1)).sum() > 0.6 * torch.linalg.svdvals(kernel.grad.flatten(1)).sum()
+
+
+def test_a_kernel_that_was_moved_is_stepped_where_it_is():
+    kernel, gradient = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    ends = []
+    for moves in (False, True):
+        layer = nn.Conv2d(4, 8, 3)
+        layer.weight.data.copy_(kernel)
+        optimizer = KernelMuon([layer.weight], lr=0.1, weight_decay=0.0)
+        for _ in range(2):
+            layer.weight.grad = gradient.clone()
+            optimizer.step()
+            if moves:
+                layer.to(memory_format=torch.channels_last)
+        ends.append(layer.weight.detach())
+    torch.testing.assert_close(*ends)
 
 
 def test_it_goes_on_as_if_nothing_had_happened():
@@ -473,11 +498,11 @@ def test_it_goes_on_as_if_nothing_had_happened():
     for stop in (False, True):
         torch.manual_seed(0)
         layer = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
-        optimizer = KernelMuon([layer.weight], lr=0.1)
+        optimizer = KernelMuon([layer.weight], lr=0.1, weight_decay=0.0)
         for step in range(4):
             if stop and step == 2:
                 saved = optimizer.state_dict()
-                optimizer = KernelMuon([layer.weight], lr=1)
+                optimizer = KernelMuon([layer.weight], lr=1, weight_decay=0.0)
                 optimizer.load_state_dict(saved)
             layer.weight.grad = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step))
             optimizer.step()
