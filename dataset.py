@@ -229,7 +229,8 @@ def color_jitter(
 
     This is the augmentation that changes values and not places, on the device; `LEVIRCD._random_crop` is the other.
     The first three multiply as torchvision's `adjust_*` do, by factors drawn from 1 ± strength; the hue is turned
-    about the grey axis by up to ± hue of a full circle. A strength of 0 turns its part off.
+    about the grey axis by up to ± hue of a full circle. A strength of 0 turns its part off. All four are linear, so
+    that they are one matrix for each image, and what leaves 0..1 is cut off once, at the end.
 
     Args:
         images: (N, 3, H, W), uint8, on any device.
@@ -245,28 +246,23 @@ def color_jitter(
     """
 
     def draw(strength: float) -> Tensor:
-        of_all = torch.empty(world * len(images), 1, 1, 1, device=images.device)
+        of_all = torch.empty(world * len(images), 1, 1, device=images.device)
         return of_all.uniform_(-strength, strength)[rank::world]
 
-    images = images.float() / 255
-    images = (images * (1 + draw(brightness))).clamp(0, 1)
-    grey = _grey(images).mean((2, 3), keepdim=True)
-    images = torch.lerp(grey, images, 1 + draw(contrast)).clamp(0, 1)
-    images = torch.lerp(_grey(images), images, 1 + draw(saturation)).clamp(0, 1)
-    return _turn_hue(images, 2 * np.pi * draw(hue)) if hue else images
+    pixels = images.flatten(2).float() / 255  # (N, 3, H·W)
+    bright, contrasting, saturated = (1 + draw(strength) for strength in (brightness, contrast, saturation))
+    luma = pixels.new_tensor([[0.2989, 0.587, 0.114]])  # ITU-R BT.601, with torchvision's digits
+    matrix = _turn_hue(2 * np.pi * draw(hue)) @ torch.lerp(luma.expand(3, 3), torch.eye(3, device=luma.device), saturated)
+    grey = bright * (luma @ pixels.mean(2, keepdim=True))  # (N, 1, 1), about which contrast is stretched
+    offset = (1 - contrasting) * grey * matrix.sum(2, keepdim=True)
+    return torch.baddbmm(offset, contrasting * bright * matrix, pixels).clamp_(0, 1).view(images.shape)
 
 
-def _grey(images: Tensor) -> Tensor:
-    """(N, 1, H, W) luma, ITU-R BT.601, with torchvision's digits."""
-    red, green, blue = images.split(1, 1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue
-
-
-def _turn_hue(images: Tensor, angle: Tensor) -> Tensor:
-    """Rotate each colour about the grey axis (Rodrigues' formula) by `angle`, radians, (N, 1, 1, 1)."""
-    mean = images.mean(1, keepdim=True)
-    cross = (images.roll(1, 1) - images.roll(-1, 1)) / 3**0.5  # the unit grey axis × the colour
-    return (mean + (images - mean) * angle.cos() + cross * angle.sin()).clamp(0, 1)
+def _turn_hue(angle: Tensor) -> Tensor:
+    """(N, 3, 3), which rotate colours about the grey axis (Rodrigues' formula) by `angle`, radians, (N, 1, 1)."""
+    own, grey = torch.eye(3, device=angle.device), torch.full((3, 3), 1 / 3, device=angle.device)
+    cross = (own.roll(1, 0) - own.roll(-1, 0)) / 3**0.5  # the unit grey axis × the colour
+    return grey + (own - grey) * angle.cos() + cross * angle.sin()
 
 
 # Files

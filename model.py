@@ -495,9 +495,9 @@ class KernelMuon(torch.optim.Optimizer):
     """Muon for convolutions, a kernel being a matrix of one row for each output channel.
 
     It makes every direction in which the gradient points about equally long, and so learns from fewer batches than
-    AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), with momentum as `torch.optim.Muon` has it. Its
-    Newton–Schulz iteration is one polynomial of the small square matrix M Mᵀ: these are brought to a few sizes, and all
-    of a size are multiplied at once.
+    AdamW (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), with momentum as `torch.optim.Muon` has it.
+    Its Newton–Schulz iteration is one polynomial of the small square matrix M Mᵀ: these are brought to a few sizes, and
+    all of a size are multiplied at once.
 
     Args:
         kernels: (out_channels, in_channels, height, width) each.
@@ -542,8 +542,7 @@ class KernelMuon(torch.optim.Optimizer):
         torch.set_float32_matmul_precision(precision)
 
     def _orthogonalising(self, matrices: list[Tensor], size: int) -> Tensor:
-        """(N, size, size): what each matrix M of at most so many rows is multiplied by, so that its singular values are
-        about 1."""
+        """(N, size, size): what each matrix, of at most so many rows, times which has singular values of about 1."""
         square = matrices[0].new_zeros(len(matrices), size, size)
         for each, matrix in zip(square, matrices, strict=True):
             each[: len(matrix), : len(matrix)] = matrix @ matrix.T

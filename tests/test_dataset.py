@@ -409,12 +409,27 @@ def test_no_jitter_changes_nothing():
     torch.testing.assert_close(color_jitter(images, 0, 0, 0, 0), images.float() / 255, atol=1e-6, rtol=0)
 
 
+def test_parts_of_jitter_follow_one_another():
+    """Colours that stay within 0..1, so that it makes no difference where they would be cut off."""
+    image, strengths = torch.randint(80, 160, (1, 3, 24, 32), dtype=torch.uint8), [0.2, 0.3, 0.4, 0.1]
+    torch.manual_seed(0)
+    ours = color_jitter(image, *strengths)
+    torch.manual_seed(0)
+    draws = [torch.empty(1, 1, 1).uniform_(-strength, strength) for strength in strengths]
+    expected = image.float() / 255
+    adjustments = functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation
+    for adjust, draw in zip(adjustments, draws, strict=False):
+        expected = adjust(expected, 1 + draw.item())
+    expected = (dataset._turn_hue(2 * torch.pi * draws[3]) @ expected.flatten(2)).view(image.shape)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
 def test_hue_turns_about_grey():
-    images = torch.rand(1, 3, 8, 8) * 0.4 + 0.3
-    third = dataset._turn_hue(images, torch.full((1, 1, 1, 1), 2 * torch.pi / 3))
-    torch.testing.assert_close(third, images.roll(1, 1))  # red becomes green, green blue, blue red
-    grey = torch.rand(1, 1, 8, 8).expand(1, 3, 8, 8)
-    torch.testing.assert_close(dataset._turn_hue(grey, torch.ones(1, 1, 1, 1)), grey)
+    colours = torch.rand(1, 3, 8) * 0.4 + 0.3
+    third = dataset._turn_hue(torch.full((1, 1, 1), 2 * torch.pi / 3)) @ colours
+    torch.testing.assert_close(third, colours.roll(1, 1))  # red becomes green, green blue, blue red
+    grey = torch.rand(1, 1, 8).expand(1, 3, 8)
+    torch.testing.assert_close(dataset._turn_hue(torch.ones(1, 1, 1)) @ grey, grey)
 
 
 # Real pairs
