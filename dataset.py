@@ -252,7 +252,8 @@ def color_jitter(
     pixels = images.flatten(2).float() / 255  # (N, 3, H·W)
     bright, contrasting, saturated = (1 + draw(strength) for strength in (brightness, contrast, saturation))
     luma = pixels.new_tensor([[0.2989, 0.587, 0.114]])  # ITU-R BT.601, with torchvision's digits
-    matrix = _turn_hue(2 * np.pi * draw(hue)) @ torch.lerp(luma.expand(3, 3), torch.eye(3, device=luma.device), saturated)
+    own = torch.eye(3, device=images.device)
+    matrix = _turn_hue(2 * np.pi * draw(hue)) @ torch.lerp(luma.expand(3, 3), own, saturated)
     grey = bright * (luma @ pixels.mean(2, keepdim=True))  # (N, 1, 1), about which contrast is stretched
     offset = (1 - contrasting) * grey * matrix.sum(2, keepdim=True)
     return torch.baddbmm(offset, contrasting * bright * matrix, pixels).clamp_(0, 1).view(images.shape)
