@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 import torch
 from PIL import ExifTags, Image
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -707,6 +708,21 @@ def _complaint(path: Path, image: Image.Image, mask: bool) -> str | None:
     if image.mode in ("1", "L", "LA") and not mask:
         return "one band, grey; an image needs three, red, green and blue"
     return None
+
+
+def connected_areas(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The areas of one class that hang together, by sides, not by corners, of an integer (H, W), 0 where there is none.
+
+    Returns:
+        int32 (H, W), 0 or the number of an area, from 1 on; and the class of each, (count,).
+    """
+    areas, classes = np.zeros(mask.shape, np.int32), np.zeros(0, mask.dtype)
+    for kind in range(1, int(mask.max(initial=0)) + 1):
+        found, count = ndimage.label(mask == kind)
+        found[found > 0] += len(classes)
+        areas += found
+        classes = np.append(classes, np.full(count, kind, mask.dtype))
+    return areas, classes
 
 
 def as_tensor(image: ImageLike) -> Tensor:

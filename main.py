@@ -125,7 +125,6 @@ CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKE
 OF_THE_DATA = ("DATA_DIR", "FOLDERS", "CACHE_DIR", "NUM_CLASSES", "IGNORE")
 
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
-COARSE_LOSS = 0.4  # weight of the loss of each of the coarser logits, as in PSPNet (Zhao et al. 2017, arXiv:1612.01105)
 READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
 SETTLED_AFTER = 200  # steps; until then BatchNorm's statistics are taken anew before each validation
 BATCH_NORMS = nn.BatchNorm2d | nn.SyncBatchNorm
@@ -266,10 +265,10 @@ def train(
                 image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
                 image_a, image_b = jitter(image_a), jitter(image_b)
                 with autocast:
-                    logits, *coarse = parallel(image_a, image_b)
+                    logits = parallel(image_a, image_b)
                 loss = criterion(logits, label)
                 model.zero_grad()
-                (loss + COARSE_LOSS * sum(criterion(each, label) for each in coarse)).backward()
+                loss.backward()
                 if config.CLIP_NORM:
                     nn.utils.clip_grad_norm_(model.parameters(), config.CLIP_NORM)
                 learning_rate = schedulers[0].get_last_lr()[0]

@@ -179,14 +179,13 @@ class FusionUNet(nn.Module):
         fusions = [fuse(channels) for fuse, channels in zip(FUSIONS[fusion], CHANNELS, strict=True)]
         self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
-        self.head, self.head4, self.head8 = (nn.Conv2d(channels, out_channels, 1) for channels in (c2, c4, c8))
-        for head in (self.head, self.head4, self.head8):
-            nn.init.constant_(head.bias, -3.0)  # change is rare: begin at 5 % (Lin et al. 2017, arXiv:1708.02002)
+        self.head = nn.Conv2d(c2, out_channels, 1)
+        nn.init.constant_(self.head.bias, -3.0)  # change is rare: begin at 5 % (Lin et al. 2017, arXiv:1708.02002)
         if whole:
             _fit(self, whole, weights)
         self.train()
 
-    def forward(self, image_a: Tensor, image_b: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image_a: Tensor, image_b: Tensor) -> Tensor:
         """Logits of change.
 
         Args:
@@ -194,9 +193,7 @@ class FusionUNet(nn.Module):
             image_b: the image after, likewise.
 
         Returns:
-            (N, out_channels, H, W); of one channel, positive means changed. In training mode with those of the
-            decoder's steps at strides 4 and 8, enlarged, so that these learn sooner (deep supervision: Lee et al. 2015,
-            arXiv:1409.5185).
+            (N, out_channels, H, W); of one channel, positive means changed.
         """
         images = self.prepare(image_a, image_b)
         f2, f4, f8, f16, f32 = self.encode(images)
@@ -205,18 +202,14 @@ class FusionUNet(nn.Module):
         s8 = self.side8(s4, f8)  # (2N, 96, H/8, W/8)
         s16 = self.side16(s8, f16)  # (2N, 128, H/16, W/16)
         s32 = self.side32(s16, f32)  # (2N, 128, H/32, W/32)
-        u32 = self.fuse32(s32)  # (N, 128, H/32, W/32)
-        u16 = self.up16(u32, self.fuse16(s16))  # (N, 128, H/16, W/16)
-        u8 = self.up8(u16, self.fuse8(s8))  # (N, 96, H/8, W/8)
-        u4 = self.up4(u8, self.fuse4(s4))  # (N, 64, H/4, W/4)
-        u2 = self.up2(u4, self.fuse2(s2))  # (N, 32, H/2, W/2)
-
-        def enlarged(logits: Tensor) -> Tensor:
-            logits = F.interpolate(logits.float(), images.shape[-2:], mode="bilinear", align_corners=False)
-            return logits[..., : image_a.shape[-2], : image_a.shape[-1]]
-
-        logits = enlarged(self.head(u2))  # (N, out_channels, H, W)
-        return (logits, enlarged(self.head4(u4)), enlarged(self.head8(u8))) if self.training else logits
+        x = self.fuse32(s32)  # (N, 128, H/32, W/32)
+        x = self.up16(x, self.fuse16(s16))  # (N, 128, H/16, W/16)
+        x = self.up8(x, self.fuse8(s8))  # (N, 96, H/8, W/8)
+        x = self.up4(x, self.fuse4(s4))  # (N, 64, H/4, W/4)
+        x = self.up2(x, self.fuse2(s2))  # (N, 32, H/2, W/2)
+        x = self.head(x).float()  # (N, out_channels, H/2, W/2)
+        logits = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
+        return logits[..., : image_a.shape[-2], : image_a.shape[-1]]
 
     def prepare(self, image_a: Tensor, image_b: Tensor) -> Tensor:
         """Both dates normalised, first all A then all B: float (2N, 3, H, W).

@@ -13,8 +13,11 @@ if __name__ == "__main__":  # before the other imports, which take seconds
 import argparse
 import contextlib
 import csv
+import functools
 import itertools
+import json
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +42,7 @@ from dataset import (
     NO_DATA,
     DataError,
     check_headers,
+    connected_areas,
     find_pairs,
     no_data_value,
     open_image,
@@ -72,8 +76,10 @@ FONT |= {"font.size": 10, "axes.titlesize": 13, "axes.labelsize": 10, "legend.fo
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
 SCALE, TIEPOINT, TRANSFORM, KEYS, RPC = 33550, 33922, 34264, 34735, 50844  # GeoTIFF's tags (OGC 19-008r4), GDAL's
 GEOTAGS = (SCALE, TIEPOINT, TRANSFORM, KEYS, 34736, 34737, NO_DATA, RPC)
-RASTER_TYPE, CRS, UNIT = 1025, 3072, 3076  # keys: pixel or point, the projected system's EPSG code, its unit of length
+# Keys: pixel or point, the EPSG code of the geographic and of the projected system, the latter's unit of length.
+RASTER_TYPE, GEOGRAPHIC, CRS, UNIT = 1025, 2048, 3072, 3076
 POINT, METRE, WEB_MERCATOR = 2, 9001, 3857  # Web Mercator's metres are no metres on the ground
+USER_DEFINED = 32767  # no EPSG code
 GRID = 0.1  # pixels that two images may be off one grid to be aligned
 
 
@@ -314,6 +320,9 @@ def write_masks(
     folders: str = "A B",
     align: bool = False,
     overwrite: bool = False,
+    polygons: bool = False,
+    min_area: float = 0.0,
+    simplify: float = 0.0,
 ) -> None:
     """Predict files; write the mask of each pair and an overlay, and print the area that changed.
 
@@ -336,6 +345,11 @@ def write_masks(
         folders: names of the two folders, where one folder holds both.
         align: crop both images to what they share, where they lie on one grid.
         overwrite: write masks anew that are there.
+        polygons: write what changed as GeoJSON too, a polygon for each area that hangs together by sides.
+        min_area: smaller areas count as unchanged; square metres where a pixel's are known, else pixels.
+        simplify: pixels by which the polygons may leave out corners of their outlines; 0 for the pixels' own edges.
+
+    Of folders, `summary.csv` has a row for each pair.
 
     Raises:
         DataError: images that can't be read, or are not of one place and size; a file to write is there already; a
@@ -346,6 +360,8 @@ def write_masks(
         raise DataError(f"threshold {threshold}: must be 0 or more and below 1")
     if not (pixel_size is None or pixel_size > 0):
         raise DataError(f"pixel size {pixel_size}: must be above 0 metres")
+    if min_area < 0 or simplify < 0:
+        raise DataError(f"min area {min_area}, simplify {simplify}: must be 0 or more")
     before, after = Path(before).expanduser(), after and Path(after).expanduser()
     if after is None:
         before, after = (before / name for name in (*folders.split(), *"AB")[:2])
@@ -353,28 +369,74 @@ def write_masks(
     model = FusionUNet.load(checkpoint, device)
     model.threshold = model.threshold if threshold is None else threshold
     print(f"{len(plan)} to predict; changed where the probability is above {model.threshold:.4g}", flush=True)
-    failed = []
+    mask_of = functools.partial(
+        _mask_of, model, count=several or polygons or min_area > 0, align=align, probability=probability,
+        pixel_size=pixel_size, tile_size=tile_size, tta=tta, polygons=polygons, min_area=min_area, simplify=simplify,
+    )  # fmt: skip
+    failed, rows = [], []
     for path_a, path_b, files in progress(plan, unit="pair", delay=1) if several else plan:
         try:
-            image_a, image_b, void, place = _read_pair(path_a, path_b, align)
-            chance = model.predict(image_a, image_b, tile_size, tta).numpy()
-            del image_a
-            if void is not None:
-                chance[..., void] = 0
-            mask, area = _classes(chance, model.threshold), pixel_size**2 if pixel_size else place.pixel_area()
-            _write(chance, mask, image_b, place, files if probability else files[:2])
+            rows.append(mask_of(path_a, path_b, files))
         except DataError as error:
             if not several:
                 raise
             failed.append(str(error))
-            continue
-        valid = mask.size if void is None else np.count_nonzero(~void)
-        for kind in range(1, 2 if chance.ndim == 2 else 1 + len(chance)):
-            name = "changed" if chance.ndim == 2 else f"of class {kind}"
-            print(f"{files[0]}: {_extent(np.count_nonzero(mask == kind), valid, name, area)}", flush=True)
+    if several and rows:
+        _summarise(rows, Path(out or "masks").expanduser() / "summary.csv")
     if failed:
         print("\n".join(failed), flush=True)
         raise DataError(f"{len(failed)} of {len(plan)} pairs couldn't be predicted, see above; the others are done")
+
+
+def _mask_of(
+    model: FusionUNet, path_a: Path, path_b: Path, files: Sequence[Path], *, count: bool, align: bool,
+    probability: bool, pixel_size: float | None, tile_size: int, tta: bool, polygons: bool, min_area: float,
+    simplify: float,
+) -> dict[str, object]:  # fmt: skip
+    """Predict a pair, write its files and print what changed, with `count` in objects too; its row of the summary."""
+    start = time.perf_counter()
+    image_a, image_b, void, place = _read_pair(path_a, path_b, align)
+    chance = model.predict(image_a, image_b, tile_size, tta).numpy()
+    del image_a
+    if void is not None:
+        chance[..., void] = 0
+    mask, pixel_area = _classes(chance, model.threshold), pixel_size**2 if pixel_size else place.pixel_area()
+    if count:
+        areas, classes, left_out = _large_enough(*connected_areas(mask), min_area / (pixel_area or 1))
+        mask[areas == 0] = 0
+    if polygons:
+        of_change = chance if chance.ndim == 2 else chance.sum(0)
+        features = _features(areas, classes, of_change, place, pixel_area, simplify)
+        files[3].parent.mkdir(parents=True, exist_ok=True)
+        with dataset.written_whole(files[3]) as file:
+            json.dump(features, file)
+    changed, valid = np.count_nonzero(mask), mask.size if void is None else np.count_nonzero(~void)
+    row = {"mask": files[0].as_posix(), "objects": len(classes) if count else "", "changed_pixels": changed,
+           "valid_pixels": valid, "share": f"{changed / max(valid, 1):.6g}",
+           "area_m2": f"{changed * pixel_area:.10g}" if pixel_area else "",
+           "mean_probability": f"{chance[..., mask > 0].sum() / changed:.4f}" if changed else ""}  # fmt: skip
+    _write(chance, mask, image_b, place, files[: 3 if probability else 2])
+    for kind in range(1, 2 if chance.ndim == 2 else 1 + len(chance)):
+        name = "changed" if chance.ndim == 2 else f"of class {kind}"
+        objects = f", {np.count_nonzero(classes == kind):,} objects" if count else ""
+        extent = _extent(np.count_nonzero(mask == kind), valid, name, pixel_area)
+        print(f"{files[0]}: {extent}{objects}", flush=True)
+    if count and left_out:
+        unit = "m²" if pixel_area else "pixels"
+        print(f"{files[0]}: {left_out:,} objects smaller than {min_area:g} {unit} left out", flush=True)
+    return row | {"seconds": f"{time.perf_counter() - start:.3f}"}
+
+
+def _summarise(rows: list[dict[str, object]], path: Path) -> None:
+    """Write the rows, beside those of masks that were there already."""
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            anew = {row["mask"] for row in rows}
+            rows = [row for row in csv.DictReader(file) if row["mask"] not in anew] + rows
+    with dataset.written_whole(path) as file:
+        table = csv.DictWriter(file, rows[-1])
+        table.writeheader()
+        table.writerows(sorted(rows, key=lambda row: row["mask"]))
 
 
 def _extent(pixels: int, valid: int, name: str, pixel_area: float | None) -> str:
@@ -399,7 +461,10 @@ def _plan(before: Path, after: Path, out: str | None, overwrite: bool) -> tuple[
         path = path.expanduser()
         if path.suffix.lower() not in (".png", ".tif", ".tiff") or path.parent in (before, after):
             raise DataError(f"--out {out}: must be a .png or .tif, or for folders a folder other than theirs")
-        files = path, path.with_name(f"{path.stem}_overlay.jpg"), path.with_stem(f"{path.stem}_probability")
+        files = (
+            path, path.with_name(f"{path.stem}_overlay.jpg"), path.with_stem(f"{path.stem}_probability"),
+            path.with_suffix(".geojson"),
+        )  # fmt: skip
         if several and files[0].exists() and files[1].exists() and not overwrite:
             print(f"{path}: is there already", flush=True)
             continue
@@ -460,6 +525,166 @@ def _reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
     return np.concatenate([np.asarray(Image.fromarray(piece).reduce(factor)) for piece in pieces])
 
 
+# Changed areas as polygons
+
+
+def _large_enough(areas: np.ndarray, classes: np.ndarray, pixels: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """The areas of at least so many pixels, numbered anew, their classes, and how many others there were."""
+    kept = np.bincount(areas[areas > 0], minlength=len(classes) + 1)[1:] >= pixels
+    if kept.all():
+        return areas, classes, 0
+    numbers = np.append(0, kept * kept.cumsum()).astype(np.int32)
+    return numbers[areas], classes[kept], int((~kept).sum())
+
+
+def _features(
+    areas: np.ndarray, classes: np.ndarray, chance: np.ndarray, place: Place, pixel_area: float | None, simplify: float
+) -> dict:
+    """The areas as a GeoJSON FeatureCollection: RFC 7946, with the `crs` member of its forerunner, which GDAL reads."""
+    there = areas > 0
+    numbers, (y, x), of_each = areas[there], np.nonzero(there), chance[there].clip(max=1)
+    counts = np.maximum(np.bincount(numbers, minlength=len(classes) + 1), 1)
+    means, xs, ys = (np.bincount(numbers, weight, len(classes) + 1) / counts for weight in (of_each, x + 0.5, y + 0.5))
+    highest = np.zeros(len(classes) + 1)
+    np.maximum.at(highest, numbers, of_each)
+    corner, right, down = place.affine.reshape(3, 2) if place.affine is not None else np.array([[0, 0], [1, 0], [0, 1]])
+    is_mirrored = right[0] * down[1] < right[1] * down[0]  # as where y points up: outlines run the other way then
+    rings = simplified(areas, simplify) if simplify else outlines(areas)
+    features = []
+    for number, kind in enumerate(classes.tolist(), 1):
+        lines = [corner + ring[:, :1] * right + ring[:, 1:] * down for ring in rings[number - 1]]
+        lines = [line[::-1] if is_mirrored else line for line in lines]
+        area = {"area_m2": counts[number].item() * pixel_area} if pixel_area else {}
+        properties = {
+            "class": kind, "pixels": counts[number].item(), **area, "mean_probability": round(means[number].item(), 4),
+            "max_probability": round(highest[number].item(), 4),
+            "centre": (corner + xs[number] * right + ys[number] * down).tolist(),
+        }  # fmt: skip
+        geometry = {"type": "Polygon", "coordinates": [[*line.tolist(), line[0].tolist()] for line in lines]}
+        features.append({"type": "Feature", "properties": properties, "geometry": geometry})
+    code = {"type": "name", "properties": {"name": f"urn:ogc:def:crs:EPSG::{place.crs}"}}
+    return {"type": "FeatureCollection", **({"crs": code} if place.crs else {}), "features": features}
+
+
+def outlines(areas: np.ndarray) -> list[list[np.ndarray]]:
+    """The outlines of areas along their pixels' edges.
+
+    Args:
+        areas: as `connected_areas` gives them.
+
+    Returns:
+        For each area its rings, that around it first, then those around its holes: corners (n, 2) as x, y in pixels,
+        the area always to the right of the way where y points down. No ring touches itself.
+    """
+    padded, width = np.pad(areas, 1), areas.shape[1] + 1
+    starts, ways, owners = [], [], []
+    # Right along the top of a pixel, down its right, left along its bottom, up its left.
+    for way, (dy, dx, y0, x0) in enumerate(((-1, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 1), (0, -1, 1, 0))):
+        beside = padded[1 + dy : 1 + dy + areas.shape[0], 1 + dx : 1 + dx + areas.shape[1]]
+        y, x = np.nonzero((areas > 0) & (beside != areas))
+        starts.append((y + y0) * width + x + x0)
+        owners.append(areas[y, x].astype(np.int64))
+        ways.append(np.full(len(y), way))
+    start, way, owner = map(np.concatenate, (starts, ways, owners))
+    corners = (areas.shape[0] + 1) * width
+    key = (owner * corners + start) * 4 + way
+    order = key.argsort()
+    key, start, way, owner = key[order], start[order], way[order], owner[order]
+    end = start + np.array([1, width, -1, -width])[way]
+    after = np.full(len(key), -1)
+    # Where two pixels of an area touch at a corner, left goes around what lies between them: no ring crosses itself.
+    for turn in (1, 0, -1):
+        wanted = (owner * corners + end) * 4 + (way + turn) % 4
+        at = np.searchsorted(key, wanted).clip(max=len(key) - 1)
+        after = np.where(key[at] == wanted, at, after)
+    rings: list[list[np.ndarray]] = [[] for _ in range(areas.max(initial=0))]
+    turns = np.ones(len(key), bool)
+    turns[after] = way != way[after]
+    after, seen, turns = after.tolist(), bytearray(len(key)), turns.tolist()
+    for first in range(len(after)):
+        ring, edge = [], first
+        while not seen[edge]:
+            seen[edge] = 1
+            if turns[edge]:
+                ring.append(edge)
+            edge = after[edge]
+        if ring:
+            y, x = np.divmod(start[ring], width)
+            of_area = rings[owner[first] - 1]
+            is_outer = (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() > 0
+            of_area.insert(0 if is_outer else len(of_area), np.stack([x, y], 1))
+    return rings
+
+
+def simplified(areas: np.ndarray, tolerance: float) -> list[list[np.ndarray]]:
+    """The `outlines` of areas without corners that lie about where a line between others passes.
+
+    These are found as Douglas and Peucker do (1973, doi:10.3138/FM57-6770-U75U-7727). Corners stay where areas or rings
+    meet, and where a corner of something else lies in the way: so no ring comes to cross itself or another one.
+
+    Args:
+        areas: as `connected_areas` gives them.
+        tolerance: pixels, how far a corner that is left out may lie from the line that is left.
+    """
+    rings, padded = outlines(areas), np.pad(areas, 1)
+    flat = [ring for of_area in rings for ring in of_area]
+    places, met = np.unique(np.concatenate(flat or [np.zeros((0, 2), int)]), axis=0, return_counts=True)
+    x, y = places.T
+    around = np.stack([padded[y, x], padded[y, x + 1], padded[y + 1, x], padded[y + 1, x + 1]])
+    least = np.where(around > 0, around, around.max(0)).min(0)
+    fixed = {tuple(place) for place in places[(met > 1) | (around.max(0) != least)].tolist()}
+    cells: dict[tuple[int, int], set[tuple[int, int]]] = {}  # the corners that are left, by place
+    for x, y in places.tolist():
+        cells.setdefault((x // 16, y // 16), set()).add((x, y))
+
+    def is_free(span: np.ndarray) -> bool:
+        """Whether a line (n, 2) can be pulled straight and pass over no other corner: it doesn't wind around any."""
+        own = {tuple(corner) for corner in span.tolist()}
+        (x0, y0), (x1, y1) = (span.min(0) // 16).tolist(), (span.max(0) // 16).tolist()
+        near = [p for cell in itertools.product(range(x0, x1 + 1), range(y0, y1 + 1))
+                for p in cells.get(cell, ()) if p not in own]  # fmt: skip
+        off = np.array(near).reshape(-1, 1, 2) - span  # (corners, n, 2), and to the next ones along the closed line
+        (x, y), (next_x, next_y) = np.moveaxis(off, 2, 0), np.moveaxis(np.roll(off, -1, 1), 2, 0)
+        side = x * next_y - y * next_x
+        winds = ((y >= 0) & (next_y < 0) & (side > 0)).sum(1) != ((y < 0) & (next_y >= 0) & (side < 0)).sum(1)
+        on_it = ((side == 0) & (x * next_x + y * next_y <= 0)).any(1)
+        return not (winds | on_it).any()
+
+    def reduced(ring: np.ndarray) -> np.ndarray:
+        corners = [tuple(corner) for corner in ring.tolist()]
+        line = np.concatenate([ring, ring[:1]])
+        kept = _douglas_peucker(line, [i for i, corner in enumerate(corners) if corner in fixed], tolerance)
+        if kept[:-1].sum() < 4:
+            return ring
+        ends = np.flatnonzero(kept)
+        for first, last in itertools.pairwise(ends.tolist()):
+            if last - first > 1 and is_free(line[first : last + 1]):
+                for x, y in corners[first + 1 : last]:
+                    cells[x // 16, y // 16].discard((x, y))
+            else:
+                kept[first:last] = True
+        return ring[kept[:-1]]
+
+    return [[reduced(ring) for ring in of_area] for of_area in rings]
+
+
+def _douglas_peucker(line: np.ndarray, fixed: list[int], tolerance: float) -> np.ndarray:
+    """Which of the corners (n, 2) of a closed line, whose last is its first, stay; the fixed ones do."""
+    kept = np.zeros(len(line), bool)
+    kept[[0, ((line - line[0]) ** 2).sum(1).argmax(), -1, *fixed]] = True
+    spans = list(itertools.pairwise(np.flatnonzero(kept).tolist()))
+    while spans:
+        first, last = spans.pop()
+        if last - first > 1:
+            way, off = line[last] - line[first], line[first + 1 : last] - line[first]
+            distance = np.abs(way[0] * off[:, 1] - way[1] * off[:, 0]) / np.hypot(*way)
+            farthest = first + 1 + int(distance.argmax())
+            if distance.max() > tolerance:
+                kept[farthest] = True
+                spans += [(first, farthest), (farthest, last)]
+    return kept
+
+
 # Where on the ground
 
 
@@ -468,7 +693,7 @@ class Place:
 
     Attributes:
         affine: float64 (6,), x and y of the upper left corner, of a step to the right and of a step down; or None.
-        crs: EPSG code of the projected reference system; None where no tag tells it.
+        crs: EPSG code of the projected reference system, else of the geographic one; None where no tag tells it.
 
     Raises:
         DataError: a world file that doesn't hold six numbers.
@@ -485,7 +710,8 @@ class Place:
                     self.tags[tag] = own[tag]
         keys = self.tags.get(KEYS, ())
         self._keys = {keys[i]: keys[i + 3] for i in range(4, len(keys) - 3, 4)}
-        self.crs = self._keys.get(CRS)
+        self.crs = self._keys.get(CRS, self._keys.get(GEOGRAPHIC))
+        self.crs = None if self.crs == USER_DEFINED else self.crs
         names = [world_file(path), Path(f"{path}w"), path.with_suffix(".wld")]
         names = [each for name in names for each in (name, name.with_suffix(name.suffix.upper()))]
         name = next((name for name in names if name.is_file()), None)
@@ -616,6 +842,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tile-size", type=int, default=1024, metavar="PIXELS", help="less takes less memory (1024)")
     parser.add_argument("--folders", default="A B", metavar='"A B"', help="their names, where one folder holds both")
     parser.add_argument("--align", action="store_true", help="crop both images to what they share")
+    parser.add_argument("--polygons", action="store_true", help="write what changed as GeoJSON, a polygon an object")
+    parser.add_argument("--min-area", type=float, default=0.0, metavar="M2", help="leave smaller objects out (0)")
+    parser.add_argument("--simplify", type=float, default=0.0, metavar="PIXELS", help="of the polygons' outlines (0)")
     parser.add_argument("--overwrite", action="store_true", help="write masks anew that are there already")
     parser.add_argument(
         "--max-pixels", type=int, default=dataset.MAX_PIXELS, metavar="N", help="that an image may have (400 million)"

@@ -174,9 +174,9 @@ class Trainer:
     def forward(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> Tensor:
         """The loss of a batch."""
         with self.autocast:
-            logits, *coarse = self.trained(image_a, image_b)
+            logits = self.trained(image_a, image_b)
         self.metrics.update(logits.detach(), label)
-        return self.criterion(logits, label) + main.COARSE_LOSS * sum(self.criterion(each, label) for each in coarse)
+        return self.criterion(logits, label)
 
     def step(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> None:
         """All that a training step does once its batch is on the device."""

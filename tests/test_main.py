@@ -590,7 +590,7 @@ def work(folder: Path, environment: dict[str, str]) -> None:
         pair = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(2))[:, rank::world]
         label = (torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(3)) < 0.3)[rank::world]
         parallel = main.wrapped(model, False)  # must live until the gradients have come
-        sum(CombinedIoULoss(0.5)(logits, label) for logits in parallel(*pair)).backward()
+        CombinedIoULoss(0.5)(parallel(*pair), label).backward()
         found["step"] = torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad])
         found |= {"counts": torch.from_numpy(counts._passed()), "score": torch.tensor(scores["loss"])}
     torch.save(found, folder / f"{environment.get('RANK', 'alone')}.pt")

@@ -53,7 +53,7 @@ def test_shape_comments_are_true(model, n, height, width):
             after = min(later for later in seen if later > number)  # the line run next
             assert seen[after][name] == shape, line
             checked += 1
-    assert checked >= 11
+    assert checked >= 12
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 47), (100, 70), (32, 250), (1, 1)])
@@ -101,7 +101,7 @@ def test_any_backbone_with_these_strides(name, tmp_path):
     optimizer = torch.optim.AdamW((value for value in model.parameters() if value.requires_grad), 1e-2)
     losses = []
     for _ in range(3):
-        loss = nn.functional.softplus(-model(*pair)[0]).mean()  # low once all is called changed
+        loss = nn.functional.softplus(-model(*pair)).mean()  # low once all is called changed
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -193,7 +193,7 @@ def test_frozen_means_frozen():
     assert not any(feature.requires_grad for feature in model.encode(model.prepare(*images(1, 32, 32))))
     for _ in range(2):
         optimizer.zero_grad()
-        sum(logits.mean() for logits in model(*images(2, 64, 64))).backward()
+        model(*images(2, 64, 64)).mean().backward()
         optimizer.step()
     learned = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     backbone = {name for name in start if name.startswith("stages.")}
@@ -205,9 +205,7 @@ def test_frozen_means_frozen():
 
 def test_not_frozen_learns_everywhere():
     model = FusionUNet(weights=None, freeze_backbone=False)
-    logits = model(*images(2, 64, 64))
-    assert [each.shape for each in logits] == [(2, 1, 64, 64)] * 3  # of strides 2, 4 and 8, enlarged
-    sum(each.mean() for each in logits).backward()
+    model(*images(2, 64, 64)).mean().backward()
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in model.parameters())
     assert model.stages["32"].layer4.training
 
@@ -452,7 +450,7 @@ def test_each_parameter_has_one_optimizer(frozen):
     for name, value in model.named_parameters():
         if name.startswith("stages."):
             assert others.get(id(value)) == (None if frozen else pytest.approx(1e-3))
-        elif value.ndim == 4 and not re.fullmatch(r"head[48]?.weight", name):
+        elif value.ndim == 4 and name != "head.weight":
             assert id(value) in kernels and id(value) not in others
         else:
             assert others[id(value)] == 1e-2

@@ -1,7 +1,9 @@
 """Pictures, the masks of files, and that these lie where their images lie."""
 
 import ast
+import csv
 import itertools
+import json
 import os
 import re
 import struct
@@ -19,7 +21,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from dataset import LEVIRCD, DataError, Tiff, read_image
+from dataset import LEVIRCD, DataError, Tiff, connected_areas, read_image
 from model import FusionUNet
 from visualize import (
     CLASSES,
@@ -33,9 +35,11 @@ from visualize import (
     WEB_MERCATOR,
     Place,
     common_place,
+    outlines,
     plot_curves,
     plot_precision_recall,
     plot_predictions,
+    simplified,
     world_file,
     write_masks,
 )  # fmt: skip
@@ -351,7 +355,13 @@ def test_the_masks_of_folders_are_paired_by_stem(checkpoint):
     write_images("split/A/x.png", "split/A/y.jpg", "split/B/x.tif", "split/B/y.png")
     write_masks(checkpoint, "split", device="cpu")
     write_masks(checkpoint, "split/A", "split/B", out="again", threshold=THRESHOLD, device="cpu")
-    assert {path.name for path in Path("masks").iterdir()} == {"x.png", "y.png", "x_overlay.jpg", "y_overlay.jpg"}
+    assert {path.name for path in Path("masks").iterdir()} == {
+        "x.png",
+        "y.png",
+        "x_overlay.jpg",
+        "y_overlay.jpg",
+        "summary.csv",
+    }
     for name in ("x.png", "y.png"):
         assert Path("masks", name).read_bytes() == Path("again", name).read_bytes()
 
@@ -748,3 +758,131 @@ def test_what_tells_the_place_beside_the_image_is_carried_or_said_to_be_lost(tmp
     assert place.save(np.zeros((6, 8), np.uint8), tmp_path / "gcp_mask.tif") == []
     assert Image.open(tmp_path / "gcp_mask.tif").tag_v2[33922] == points[33922]
     assert "ground control points" in place.save(np.zeros((6, 8), np.uint8), tmp_path / "gcp_mask.png")[0]
+
+
+# Changed areas as polygons
+
+
+def drawn(rings: list[list[np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
+    """Polygons as GDAL and others fill them: a pixel is inside where a ray from its middle crosses the rings oddly."""
+    y, x = np.mgrid[: shape[0], : shape[1]] + 0.5
+    areas = np.zeros(shape, int)
+    for number, of_area in enumerate(rings, 1):
+        crossings = np.zeros(shape, int)
+        for ring in of_area:
+            for (x1, y1), (x2, y2) in zip(ring, np.roll(ring, -1, 0), strict=True):
+                if y1 != y2:
+                    crossings += ((y1 > y) != (y2 > y)) & (x < x1 + (y - y1) * (x2 - x1) / (y2 - y1))
+        assert (areas[crossings % 2 == 1] == 0).all()  # no two overlap
+        areas[crossings % 2 == 1] = number
+    return areas
+
+
+def cross(a, b, c, d) -> bool:
+    """Whether the segments a–b and c–d cross."""
+
+    def side(u, v, w) -> int:
+        return np.sign((v[0] - u[0]) * (w[1] - u[1]) - (v[1] - u[1]) * (w[0] - u[0]))
+
+    return side(a, b, c) * side(a, b, d) < 0 and side(c, d, a) * side(c, d, b) < 0
+
+
+def masks(count: int):
+    """Random ones, of two classes, with holes, and with pixels that touch at corners."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        shape = rng.integers(1, 12, 2)
+        yield ((rng.random(shape) < rng.uniform(0.2, 0.95)) * rng.integers(1, 3, shape)).astype(np.uint8)
+
+
+def test_polygons_give_the_mask_back():
+    for mask in masks(80):
+        areas, classes = connected_areas(mask)
+        rings = outlines(areas)
+        assert np.array_equal(drawn(rings, mask.shape), areas) and len(rings) == len(classes)
+        assert np.array_equal(np.append(0, classes)[areas], mask)
+        for ring in itertools.chain(*rings):
+            assert len({tuple(corner) for corner in ring.tolist()}) == len(ring)  # none touches itself
+            steps = np.roll(ring, -1, 0) - ring
+            assert ((steps == 0).sum(1) == 1).all() and ((np.roll(steps, -1, 0) != 0) != (steps != 0)).all()
+
+
+def test_outlines_worked_by_hand():
+    ring = np.array([[1, 1, 1], [1, 0, 1], [1, 1, 1]], np.uint8)
+    ((outer, hole),) = outlines(connected_areas(ring)[0])
+    assert sorted(outer.tolist()) == [[0, 0], [0, 3], [3, 0], [3, 3]]
+    assert sorted(hole.tolist()) == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    corners = np.array([[1, 0], [0, 1]], np.uint8)
+    assert len(outlines(connected_areas(corners)[0])) == 2  # two that touch at a corner are two
+    assert outlines(connected_areas(np.zeros((3, 4), np.uint8))[0]) == []
+
+
+@pytest.mark.parametrize("tolerance", [0.8, 1.0, 2.5])
+def test_simpler_outlines_neither_cross_nor_stray(tolerance):
+    fewer = 0
+    for mask in masks(40):
+        areas, _ = connected_areas(mask)
+        rings, simpler = outlines(areas), simplified(areas, tolerance)
+        segments = []
+        for before, after in zip(itertools.chain(*rings), itertools.chain(*simpler), strict=True):
+            corners = [tuple(corner) for corner in after.tolist()]
+            assert len(corners) >= 3 and set(corners) <= {tuple(corner) for corner in before.tolist()}
+            segments += zip(corners, [*corners[1:], corners[0]], strict=True)
+            fewer += len(before) - len(after)
+            for corner in before:  # what was left out lies near what is left
+                starts, ways = after, np.roll(after, -1, 0) - after
+                along = (((corner - starts) * ways).sum(1) / (ways**2).sum(1)).clip(0, 1)
+                assert np.hypot(*(starts + along[:, None] * ways - corner).T).min() <= tolerance + 1e-9
+        for one, other in itertools.combinations(segments, 2):
+            assert not cross(*one, *other)
+        drawn([[7 * ring for ring in of_area] for of_area in simpler], (7 * mask.shape[0], 7 * mask.shape[1]))
+    assert fewer > 50
+
+
+def test_objects_of_a_georeferenced_pair(checkpoint, capsys):
+    write_images("a.tif", "b.tif", tiffinfo=geotags())
+    write_masks(checkpoint, "a.tif", "b.tif", polygons=True, min_area=1.0, device="cpu")
+    mask, place = np.asarray(Image.open("mask.tif")) > 0, Place(Path("mask.tif"))
+    found = json.loads(Path("mask.geojson").read_text())
+    assert found["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32614"
+    corner, right, down = place.affine.reshape(3, 2)
+    grid, rings = np.linalg.inv(np.stack([right, down])), []
+    probability = FusionUNet.load(checkpoint, "cpu").predict("a.tif", "b.tif").numpy()
+    for feature in found["features"]:
+        coordinates, properties = feature["geometry"]["coordinates"], feature["properties"]
+        assert all(ring[0] == ring[-1] for ring in coordinates)
+        x, y = np.array(coordinates[0]).T
+        assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() > 0  # counterclockwise, as RFC 7946 wants it
+        rings.append([((np.array(ring[:-1]) - corner) @ grid).round().astype(int) for ring in coordinates])
+        inside = drawn([rings[-1]], mask.shape) > 0
+        assert properties["pixels"] == inside.sum() and properties["area_m2"] == pytest.approx(inside.sum() / 4)
+        assert properties["area_m2"] >= 1.0 and properties["class"] == 1
+        assert properties["mean_probability"] == pytest.approx(probability[inside].mean(), abs=1e-4)
+        assert properties["max_probability"] == pytest.approx(probability[inside].max(), abs=1e-4)
+        middle = corner + (np.argwhere(inside)[:, ::-1].mean(0) + 0.5) @ np.stack([right, down])
+        assert properties["centre"] == pytest.approx(middle.tolist())
+    assert np.array_equal(drawn(rings, mask.shape) > 0, mask) and len(rings) > 1
+    said = capsys.readouterr().out
+    assert f", {len(rings)} objects" in said and "objects smaller than 1 m² left out" in said
+    with pytest.raises(DataError, match=r"min area -1\.0"):
+        write_masks(checkpoint, "a.tif", "b.tif", min_area=-1.0)
+
+
+def test_a_summary_of_a_folder(checkpoint):
+    write_images("split/A/x.png", "split/A/y.png", "split/B/x.png", "split/B/y.png")
+    write_masks(checkpoint, "split", polygons=True, pixel_size=0.5, min_area=2.0, device="cpu")
+    write_images("split/A/z.png", "split/B/z.png")
+    write_masks(checkpoint, "split", polygons=True, device="cpu")  # the others' rows stay
+    with open("masks/summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mask"] for row in rows] == ["masks/x.png", "masks/y.png", "masks/z.png"]
+    for row in rows:
+        mask = np.asarray(Image.open(row["mask"])) > 0
+        features = json.loads(Path(row["mask"]).with_suffix(".geojson").read_text())["features"]
+        assert int(row["objects"]) == len(features) and int(row["changed_pixels"]) == mask.sum()
+        assert float(row["share"]) == pytest.approx(mask.mean(), rel=1e-5) and float(row["seconds"]) > 0
+        assert sum(feature["properties"]["pixels"] for feature in features) == mask.sum()
+        name = Path(row["mask"]).name
+        chance = FusionUNet.load(checkpoint, "cpu").predict(f"split/A/{name}", f"split/B/{name}").numpy()
+        assert float(row["mean_probability"]) == pytest.approx(chance[mask].mean(), abs=1e-4)
+    assert float(rows[0]["area_m2"]) == int(rows[0]["changed_pixels"]) / 4 and rows[2]["area_m2"] == ""
