@@ -725,6 +725,65 @@ def connected_areas(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return areas, classes
 
 
+class Objects:
+    """The changed objects of a label and of a prediction, and which of them are one.
+
+    Of one class both, they match where the intersection is at least half of the union; one to one, the best first.
+
+    Args:
+        predicted: (H, W), 0 where nothing changed, else the class.
+        label: likewise; what is 255 there counts as unchanged in both.
+
+    Attributes:
+        predicted, labelled: int32 (H, W), as of `connected_areas`.
+        right: bool, of each predicted object whether it is matched.
+        found: bool, of each labelled object.
+    """
+
+    def __init__(self, predicted: np.ndarray, label: np.ndarray):
+        counted = label != IGNORED
+        self.predicted, predicted_classes = connected_areas(predicted * counted)
+        self.labelled, labelled_classes = connected_areas(label * counted)
+        self.right, self.found = np.zeros(len(predicted_classes), bool), np.zeros(len(labelled_classes), bool)
+        both = (self.predicted > 0) & (self.labelled > 0)
+        pairs, overlap = np.unique(np.stack([self.predicted[both], self.labelled[both]]), axis=1, return_counts=True)
+        (ours, theirs), sizes = pairs, [np.bincount(each.ravel()) for each in (self.predicted, self.labelled)]
+        iou = overlap / (sizes[0][ours] + sizes[1][theirs] - overlap)
+        iou[predicted_classes[ours - 1] != labelled_classes[theirs - 1]] = 0
+        for i in (-iou).argsort(kind="stable"):
+            one, other = ours[i] - 1, theirs[i] - 1
+            if iou[i] >= 0.5 and not self.right[one] and not self.found[other]:
+                self.right[one] = self.found[other] = True
+
+
+class Windows(Dataset):
+    """Places in the images of a data set.
+
+    Args:
+        images: whole images, as `LEVIRCD` gives them.
+        places: index of the image, and the middle of the window, y and x in pixels.
+        side: of a window, pixels.
+    """
+
+    def __init__(self, images: LEVIRCD, places: Sequence[tuple[int, int, int]], side: int):
+        self.images, self.places, self.side = images, places, side
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, *middle = self.places[index]
+        item = self.images[image]
+        y, x = (int(np.clip(at - self.side // 2, 0, max(0, length - self.side)))
+                for at, length in zip(middle, item[2].shape[1:], strict=True))  # fmt: skip
+        return tuple(tensor[:, y : y + self.side, x : x + self.side] for tensor in item)
+
+    def name(self, index: int) -> str:
+        """The image's, and where the window's middle is."""
+        image, y, x = self.places[index]
+        return f"{self.images.name(image)} [{y}, {x}]"
+
+
 def as_tensor(image: ImageLike) -> Tensor:
     """(3, H, W), uint8 or float, of an image however it is given; DataError where it is something else."""
     if isinstance(image, str | os.PathLike):

@@ -34,6 +34,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -43,6 +44,8 @@ from dataset import (
     LEVIRCD,
     SUFFIXES,
     DataError,
+    Objects,
+    Windows,
     color_jitter,
     make_loader,
     progress,
@@ -50,7 +53,7 @@ from dataset import (
     written_whole,
 )
 from losses import CombinedIoULoss
-from metrics import ChangeMetrics, ScoreLog, as_logits, as_table
+from metrics import ChangeMetrics, ScoreLog, as_classes, as_logits, as_table, object_scores
 from model import FusionUNet, ModelError, explanation, has_bfloat16, make_optimizers, pick_device, read_checkpoint, save
 from visualize import plot_curves, plot_precision_recall, plot_predictions
 
@@ -397,11 +400,12 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
 
     Returns:
         The split's scores in crops at 0.5 (`test_iou`) and at the checkpoint's threshold (`test_tuned_iou`), of whole
-        images (`test_whole_iou`, `test_whole_tuned_iou`), `test_average_precision` and `test_threshold`.
+        images (`test_whole_iou`, `test_whole_tuned_iou`), `test_average_precision` and `test_threshold`; of the
+        objects in whole images, at 0.5, `test_object_f1` and others.
     """
     split, rows, whole = loader.dataset.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
     _, crops = evaluate(model, loader, config, split, amp=False)  # as `predict` computes
-    images, are_small = pairs_of(config, split), True
+    images, are_small, found, missed = pairs_of(config, split), True, np.zeros(3, int), []
     for index in progress(range(len(images)), desc=f"{split}, whole images", unit="pair"):
         image_a, image_b, label = images[index]
         if (label == IGNORED).all():
@@ -410,8 +414,15 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
         logits, image = as_logits(model.predict(image_a, image_b)), ChangeMetrics(config.NUM_CLASSES)
         whole.update(logits, label[None])
         image.update(logits, label[None])
-        counts = image.confusion()
+        counts, objects = image.confusion(), Objects(as_classes(logits)[0].numpy(), label[0].numpy())
+        found += np.array([objects.found.sum(), len(objects.found), len(objects.right)])
+        numbers = 1 + np.flatnonzero(~objects.found)
+        lacking = ndimage.sum(1 - logits.logsumexp(1)[0].sigmoid().numpy(), objects.labelled, numbers)  # pixels
+        middles = ndimage.center_of_mass(objects.labelled > 0, objects.labelled, numbers)
+        missed += [(lacks, index, int(y), int(x)) for lacks, (y, x) in zip(lacking, middles, strict=True)]
         rows.append({"index": index, "name": images.name(index), **image.compute(),
+                     "labelled_objects": len(objects.found), "predicted_objects": len(objects.right),
+                     "matched_objects": int(objects.found.sum()),
                      "labelled_pixels": int(counts[:, 1:].sum()), "predicted_pixels": int(counts[1:].sum()),
                      "wrong_pixels": int(counts.sum() - counts.trace())})  # fmt: skip
     scores, table, points = {"average_precision": crops.average_precision(), "threshold": model.threshold}, {}, {}
@@ -423,10 +434,15 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
                 table[f"{protocol} > {threshold:.4g}"] = row
             if prefix == "":
                 points[threshold] = row
+    of_objects = object_scores(*found.tolist())
+    scores |= of_objects
     same = f"\nno image is larger than {PROTOCOL_CROP} pixels: crops and whole images are the same" * are_small
     say(
         f"{config.DATA_DIR}, {split}, {len(rows)} images; {model.threshold:.4g} was the best threshold on validation\n"
-        f"{as_table(table)}{same}"
+        f"{as_table(table)}{same}\n"
+        f"{found[1]:,} objects are labelled, {found[2]:,} predicted, {found[0]:,} match by an IoU of 0.5: "
+        f"precision {of_objects['object_precision']:.4f}, recall {of_objects['object_recall']:.4f}, "
+        f"F1 {of_objects['object_f1']:.4f}"
     )
     log.scores(split, scores)
     scores = prefixed(split, scores)
@@ -446,6 +462,10 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
     for name, items in sheets.items():
         if items:
             plot_predictions(model, images, model.mean.device, path=log.folder / name, items=items)
+    if missed:
+        places = [place for _, *place in sorted(missed, reverse=True)[:10]]
+        windows = Windows(images, places, PROTOCOL_CROP // 2)
+        plot_predictions(model, windows, model.mean.device, path=log.folder / "missed.png", items=range(len(windows)))
     return scores
 
 

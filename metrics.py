@@ -141,6 +141,21 @@ def as_logits(probability: Tensor) -> Tensor:
     return (probability / unchanged).log()
 
 
+def as_classes(logits: Tensor) -> Tensor:
+    """uint8 (N, H, W) of logits (N, K, H, W): 0, or the likeliest class where change is likelier than 0.5."""
+    return ((logits.logsumexp(1) > 0) * (1 + logits.argmax(1))).byte()
+
+
+def object_scores(matched: int, labelled: int, predicted: int) -> dict[str, float]:
+    """Precision, recall and F1 of so many objects, and the counts; a score of nothing at all is 1."""
+    shares = {"object_precision": (matched, predicted), "object_recall": (matched, labelled),
+              "object_f1": (2 * matched, predicted + labelled)}  # fmt: skip
+    scores = {
+        name: part / whole if whole else float(labelled + predicted == 0) for name, (part, whole) in shares.items()
+    }
+    return scores | {"objects_labelled": labelled, "objects_predicted": predicted, "objects_matched": matched}
+
+
 def as_table(rows: dict[str, dict[str, float]]) -> str:
     """Scores by row name as text of 80 columns, Dice under its other name, F1; two more columns a class of several."""
     names = [name.replace("dice", "F1").replace("iou", "IoU").replace("_", " ") for name in next(iter(rows.values()))]

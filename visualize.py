@@ -34,6 +34,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageFilter
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from scipy import ndimage
 from torch.utils.data import Dataset
 
 import dataset
@@ -95,7 +96,8 @@ def plot_predictions(
     """Draw a row for each of a few pairs: before, after, truth, prediction at 0.5, where the two differ, probability.
 
     Of an image larger than 256 pixels it is the window of 256 with the most errors, marked in the whole. The errors lie
-    over the image after, dimmed; the score is that of the whole image.
+    over the image after, dimmed, with a ring around objects that are missed or false as such; the score is that of the
+    whole image.
 
     Args:
         model: the detector; its mode and its device are left as they were.
@@ -216,6 +218,7 @@ def _pictures(
     truth, prediction = truth * ~ignored, prediction * ~ignored
     labelled, predicted, wrong = truth > 0, prediction > 0, truth != prediction
     union, hits = (labelled | predicted).sum(), (labelled & ~wrong).sum()
+    objects = dataset.Objects(prediction, truth)
     score = f"IoU {hits / union:.2f}, {wrong.sum():,} px wrong" if union else "no change, none found"
     before, after = (image.permute(1, 2, 0).numpy() for image in (image_a, image_b))
     pictures, marked = {}, None
@@ -229,10 +232,19 @@ def _pictures(
         cut = [each[window] for each in (before, after, truth, prediction, labelled, predicted, wrong, ignored)]
         before, after, truth, prediction, labelled, predicted, wrong, ignored = cut
         probability = probability[..., *window]
+    apart = [
+        areas[window] if marked else areas
+        for areas in (
+            ~np.append(True, objects.found)[objects.labelled],
+            ~np.append(True, objects.right)[objects.predicted],
+        )
+    ]
     errors = np.repeat(after.mean(2, keepdims=True) / 255 * 0.6, 3, axis=2)
     where = (labelled & ~wrong, labelled & ~predicted, predicted & ~labelled, labelled & predicted & wrong)
     for colour, there in zip(OUTCOMES.values(), where, strict=True):
         errors[there] = 0.3 * errors[there] + 0.7 * np.array(to_rgb(colour))
+    for name, there in zip(("missed", "false alarm"), apart, strict=True):  # as objects: a ring around them
+        errors[ndimage.binary_dilation(there, iterations=3) & ~there] = to_rgb(OUTCOMES[name])
     errors[ignored] = 0.5
     colours = _class_colours(num_classes)
     chance = probability.reshape(-1, *probability.shape[-2:]).sum(0)

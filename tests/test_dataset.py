@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import dataset
-from dataset import LEVIRCD, DataError, color_jitter
+from dataset import IGNORED, LEVIRCD, DataError, Objects, Windows, color_jitter
 
 RNG = np.random.default_rng(0)
 
@@ -441,3 +441,71 @@ def test_real_pairs(real):
     changed = {data.name(index): data[index][2].float().mean().item() for index in range(len(data))}
     assert changed == pytest.approx({"val_1": 0.007, "test_13": 0.098}, abs=1e-3)
     assert len(LEVIRCD(real, "train", crop_size=256, augment=True)) == 112
+
+
+# Objects
+
+
+def matched_by_force(predicted: np.ndarray, label: np.ndarray) -> tuple[int, int, int]:
+    """Matched, labelled and predicted objects, by flood fill and by comparing all with all."""
+
+    def objects(mask: np.ndarray) -> list[tuple[int, frozenset]]:
+        left, found = {(y, x): int(mask[y, x]) for y, x in np.argwhere(mask).tolist()}, []
+        while left:
+            start, kind = left.popitem()
+            area, queue = {start}, [start]
+            while queue:
+                y, x = queue.pop()
+                for near in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                    if left.get(near) == kind:
+                        del left[near]
+                        area.add(near)
+                        queue.append(near)
+            found.append((kind, frozenset(area)))
+        return found
+
+    ours, theirs = objects(predicted), objects(label)
+    ious = sorted(
+        ((len(a & b) / len(a | b), i, j) for i, (k, a) in enumerate(ours) for j, (c, b) in enumerate(theirs) if k == c),
+        reverse=True,
+    )
+    taken: set[tuple[str, int]] = set()
+    for iou, i, j in ious:
+        if iou >= 0.5 and not {("ours", i), ("theirs", j)} & taken:
+            taken |= {("ours", i), ("theirs", j)}
+    return len(taken) // 2, len(theirs), len(ours)
+
+
+def test_objects_match_as_by_brute_force():
+    rng, matched = np.random.default_rng(0), 0
+    for _ in range(100):
+        shape = rng.integers(1, 14, 2)
+        label = ((rng.random(shape) < 0.5) * rng.integers(1, 3, shape)).astype(np.uint8)
+        predicted = np.where(rng.random(shape) < 0.15, rng.integers(0, 3, shape), label).astype(np.uint8)
+        objects = Objects(predicted, label)
+        got = int(objects.found.sum()), len(objects.found), len(objects.right)
+        assert got == matched_by_force(predicted, label) and objects.right.sum() == objects.found.sum()
+        matched += got[0]
+    assert matched > 300
+
+
+def test_objects_worked_by_hand():
+    label, predicted = np.zeros((2, 6, 12), np.uint8)
+    label[0:2, 0:4] = label[4:6, 0:4] = 1
+    predicted[0:6, 0:4] = 1  # one covers two: 8 of 24 pixels are either's
+    label[0:2, 8:12] = predicted[0:1, 8:12] = 1  # half of it
+    objects = Objects(predicted, label)
+    assert (objects.found.sum(), len(objects.found), len(objects.right)) == (1, 3, 2)
+    label[0:2, 8:12] = IGNORED
+    objects = Objects(predicted, label)
+    assert (objects.found.sum(), len(objects.found), len(objects.right)) == (0, 2, 1)
+    nothing = Objects(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8))
+    assert len(nothing.found) == len(nothing.right) == 0
+
+
+def test_windows_lie_within_their_images(tiny):
+    images = LEVIRCD(tiny, "val")
+    windows = Windows(images, [(1, 0, 63), (0, 20, 30)], 16)
+    assert [tensor.shape for tensor in windows[0]] == [(3, 16, 16), (3, 16, 16), (1, 16, 16)]
+    assert torch.equal(windows[0][0], images[1][0][:, :16, -16:])
+    assert torch.equal(windows[1][2], images[0][2][:, 12:28, 22:38]) and windows.name(1) == "pair_0 [20, 30]"

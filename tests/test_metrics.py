@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from metrics import ChangeMetrics, as_logits
+from metrics import ChangeMetrics, as_logits, object_scores
 
 
 def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
@@ -217,3 +217,13 @@ def test_the_best_threshold_is_one_that_compute_knows():
     metrics = ChangeMetrics()
     metrics.update(torch.full((1, 1, 4, 4), -20.0), torch.ones(1, 1, 4, 4))  # only "all of it" would be right
     assert metrics.compute(metrics.best_threshold())["iou"] == metrics.curve()["iou"][1:].max() == 0
+
+
+def test_scores_of_objects():
+    assert object_scores(1, 3, 2) == {
+        "object_precision": 0.5, "object_recall": pytest.approx(1 / 3), "object_f1": 0.4, "objects_labelled": 3,
+        "objects_predicted": 2, "objects_matched": 1,
+    }  # fmt: skip
+    nothing, missed = object_scores(0, 0, 0), object_scores(0, 2, 0)
+    assert nothing["object_precision"] == nothing["object_recall"] == nothing["object_f1"] == 1
+    assert missed["object_precision"] == missed["object_recall"] == missed["object_f1"] == 0

@@ -109,6 +109,13 @@ def legends(figure) -> set[str]:
     return {text.get_text() for key in keys for text in key.get_texts()}
 
 
+def ringed(errors: np.ndarray) -> np.ndarray:
+    """Where objects that are missed or false have their ring."""
+    return (
+        np.isclose(errors[..., None, :], [to_rgb(OUTCOMES[name]) for name in ("missed", "false alarm")]).all(-1).any(-1)
+    )
+
+
 def test_reads_only_what_it_draws_spread_over_the_set(model, tmp_path):
     data = Recorder(1000)
     figure = plot_predictions(model, data, device="cpu", num_samples=5, path=tmp_path / "new" / "x.png")
@@ -153,8 +160,9 @@ def test_errors_are_drawn_and_scored(model):
     ):
         dimmed = image_b.float().mean(0).numpy()[..., None] / 255 * 0.6  # the image after is seen through it
         drawn = np.isclose(errors, 0.3 * dimmed + 0.7 * np.array(to_rgb(OUTCOMES[name])), atol=1e-6).all(-1)
-        assert np.array_equal(drawn, where)
-    assert np.allclose(errors[~predicted & ~labelled], dimmed[~predicted & ~labelled])
+        assert np.array_equal(drawn | ringed(errors), where | ringed(errors))
+    nothing = ~predicted & ~labelled & ~ringed(errors)
+    assert np.allclose(errors[nothing], dimmed[nothing])
     iou = (predicted & labelled).sum() / (predicted | labelled).sum()
     wrong = (predicted != labelled).sum()
     assert figure.axes[0].texts[0].get_text() == f"IoU {iou:.2f}, {wrong:,} px wrong"
@@ -178,7 +186,8 @@ def test_several_classes_have_their_colours(model_of_two):
             assert np.array_equal(np.isclose(shown, to_rgb(colour)).all(-1), classes == number)
     dimmed = image_b.float().mean(0).numpy()[..., None] / 255 * 0.6
     wrong = np.isclose(errors, 0.3 * dimmed + 0.7 * np.array(to_rgb(OUTCOMES["wrong class"])), atol=1e-6).all(-1)
-    assert np.array_equal(wrong, (guess > 0) & (label > 0) & (guess != label)) and wrong.any()
+    expected = (guess > 0) & (label > 0) & (guess != label)
+    assert np.array_equal(wrong | ringed(errors), expected | ringed(errors)) and expected.any()
     right = ((guess == label) & (label > 0)).sum() / ((guess > 0) | (label > 0)).sum()
     assert figure.axes[0].texts[0].get_text() == f"IoU {right:.2f}, {(guess != label).sum():,} px wrong"
     assert legends(figure) == {*OUTCOMES, "class 1", "class 2"}
@@ -225,6 +234,21 @@ def test_of_a_large_image_the_window_of_most_errors_is_drawn_and_all_of_it_score
     predicted, labelled = model.predict(image_a, image_b).numpy() > 0.5, label[0].numpy() > 0
     iou = (predicted & labelled).sum() / (predicted | labelled).sum()
     assert axis.texts[0].get_text() == f"whole: IoU {iou:.2f}, 1,200 px wrong"
+
+
+def test_objects_that_are_missed_or_false_have_a_ring(model, monkeypatch):
+    label, predicted = torch.zeros(2, 1, 64, 64)
+    label[0, 4:12, 4:12] = label[0, 30:50, 30:50] = 1  # one is missed, one found but for a corner
+    predicted[0, 30:50, 30:50] = 1
+    predicted[0, 30:34, 30:34], predicted[0, 52:60, 4:12] = 0, 1  # and one is false
+    monkeypatch.setattr(model, "predict", lambda *_: predicted[0])
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    errors = plot_predictions(model, [(*images, label.byte())], "cpu", path=None).axes[0].get_images()[4].get_array()
+    for name, y, x in (("missed", 4, 4), ("false alarm", 52, 4)):
+        ring = np.isclose(errors, to_rgb(OUTCOMES[name])).all(-1)
+        assert ring[y + 3, x - 3] and ring[y + 3, x + 10] and not ring[y : y + 8, x : x + 8].any()
+        assert ring.sum() < 17 * 17 - 64
+    assert not ringed(errors)[25:51, 25:55].any()
 
 
 def test_the_picture_says_where_its_model_comes_from(model):
