@@ -76,7 +76,7 @@ class Concatenation(nn.Module):
         self.mix = ConvNormReLU(2 * channels, channels, 3)
 
     def forward(self, features: Tensor) -> Tensor:
-        before, after = features.chunk(2)  # (N, channels, h, w) each
+        before, after = features.unflatten(0, (2, -1))  # (N, channels, h, w) each
         return self.mix(torch.cat([before, after], dim=1))
 
 
@@ -84,7 +84,7 @@ class Difference(Concatenation):
     """The sum and the absolute difference of both dates' features, mixed likewise: their order makes no difference."""
 
     def forward(self, features: Tensor) -> Tensor:
-        before, after = features.chunk(2)
+        before, after = features.unflatten(0, (2, -1))
         return self.mix(torch.cat([before + after, (before - after).abs()], dim=1))
 
 
@@ -102,7 +102,7 @@ class CrossAttention(Concatenation):
 
     def forward(self, features: Tensor) -> Tensor:
         n, c, h, w = features.shape  # (2N, channels, h, w)
-        other = torch.cat(features.chunk(2)[::-1])
+        other = features.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
         query = self.query(features).view(n, self.HEADS, -1, h * w).mT  # (2N, heads, h·w, channels / heads)
         key, value = self.key_value(other).view(n, 2, self.HEADS, -1, h * w).mT.unbind(1)
         found = F.scaled_dot_product_attention(query, key, value).mT.reshape(n, c, h, w)

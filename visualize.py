@@ -147,7 +147,7 @@ def plot_predictions(
     names = [dataset.name(index) if hasattr(dataset, "name") else index for index in items]
     axis.set(xlim=(0, len(columns)), ylim=(len(items) + 0.45, 0), frame_on=False)
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=FONT["axes.titlesize"])
-    axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center")
+    axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center", fontsize=8)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     title = ", ".join(filter(None, (model.origin, "changed: probability above 0.5")))
     figure.suptitle(title, x=0.99, ha="right", size=10)

@@ -3,11 +3,13 @@
 import copy
 import inspect
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch import nn
 from torchvision.models import ResNet50_Weights, resnet50
@@ -506,3 +508,29 @@ def test_it_goes_on_as_if_nothing_had_happened():
             optimizer.step()
         states.append(layer.weight.detach().clone())
     assert torch.equal(*states)
+
+
+# Elsewhere
+
+
+RUN_ELSEWHERE = """
+import sys, torch
+program, pairs = torch.export.load("model.pt2").module(), torch.load("pairs.pt")
+torch.save([program(*pair) for pair in pairs], "logits.pt")
+assert "model" not in sys.modules
+"""
+
+
+def test_an_exported_model_runs_without_this_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(FusionUNet(weights=None, backbone="resnet18").checkpoint(), "best.pt")
+    (code,) = [cell for cell in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+               if "torch.export.export" in cell]  # fmt: skip
+    exec(code.replace("runs/RUN_NAME", "best.pt"))
+    pairs = [torch.rand(2, n, 3, height, width) for n, height, width in ((1, 64, 64), (3, 96, 160), (2, 320, 128))]
+    torch.save(pairs, "pairs.pt")
+    subprocess.run([sys.executable, "-c", RUN_ELSEWHERE], check=True)
+    model = FusionUNet.load("best.pt", "cpu")
+    for pair, logits in zip(pairs, torch.load("logits.pt"), strict=True):
+        torch.testing.assert_close(logits, model(*pair), atol=1e-5, rtol=1e-5)
