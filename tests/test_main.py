@@ -16,6 +16,7 @@ import time
 import typing
 import uuid
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from PIL import Image
 from scipy.special import logit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import main
 import metrics
@@ -38,7 +40,7 @@ from dataset import LEVIRCD, DataError, RandomBatches, color_jitter, make_loader
 from losses import CombinedIoULoss
 from main import OptionError
 from metrics import ChangeMetrics
-from model import FusionUNet, ModelError
+from model import FusionUNet, ModelError, make_optimizers
 
 MAIN = Path(main.__file__)
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -841,3 +843,42 @@ def test_real_pairs_run(real, tmp_path):
         DATA_DIR=str(tmp_path / "real"), **QUICK | {"BACKBONE": "resnet50", "CROP_SIZE": 256, "EPOCHS": 1}
     )
     assert 0 <= scores["val_iou"] <= 1 and scores["val_loss"] < 2
+
+
+# A GPU, where there is none
+
+
+@pytest.fixture
+def on_a_gpu() -> Iterator[FusionUNet]:
+    """A model whose tensors say that they are on a GPU, and hold nothing: to read one on the host is an error."""
+    model = FusionUNet(weights=None, backbone="resnet18").to(memory_format=torch.channels_last)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with FakeTensorMode() as mode:
+            yield model._apply(lambda tensor: mode.from_tensor(tensor).to("cuda"))
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def test_a_step_on_a_gpu_waits_for_nothing_and_stays_there(on_a_gpu):
+    images = torch.empty(2, 2, 3, 64, 64, dtype=torch.uint8, device="cuda")
+    label, metrics = torch.empty(2, 1, 64, 64, dtype=torch.uint8, device="cuda"), ChangeMetrics()
+    logits = on_a_gpu(*(color_jitter(each, 0.1, 0.1, 0.1, 0.1) for each in images))
+    loss = CombinedIoULoss(0.5)(logits, label)
+    metrics.update(logits, label)
+    for parameter in on_a_gpu.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None  # a backward pass needs CUDA
+    make_optimizers(on_a_gpu, 1e-3, 1e-2)[0].step()
+    with torch.inference_mode():
+        metrics.update(on_a_gpu.eval()(*images), label)
+        probability = on_a_gpu._predict_tile(images[:, 0], [(0, False), (1, True)])
+    assert {tensor.device.type for tensor in (logits, loss, metrics._counts, probability)} == {"cuda"}
+
+
+def test_what_waits_or_strays_would_be_seen(on_a_gpu):
+    images = torch.empty(2, 2, 3, 64, 64, device="cuda")
+    with pytest.raises(DataDependentOutputException):
+        on_a_gpu(*images).mean().item()
+    on_a_gpu.mean = torch.empty(3, 1, 1)
+    with pytest.raises(RuntimeError, match="cuda"):
+        on_a_gpu(*images)
