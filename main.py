@@ -94,7 +94,7 @@ SEED: int = 0  # of the weights, the order, the crops and the colours
 DETERMINISTIC: bool = False  # True: the same bits again on CUDA too, slower; the CPU gives them in any case
 RESUME: str | None = None  # folder of a run to go on with, such as runs/RUN; None: a new run
 RUN_NAME: str | None = None  # folder under runs/; None: date and time
-EVALUATE: str | None = None  # checkpoint to score instead of training, such as runs/RUN/best.pt; None: train
+EVALUATE: str | None = None  # run, or checkpoint of one, to score instead of training, such as runs/RUN; None: train
 SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores of test, where it is there
 
 # What each constant may be: its type, the least and the most of a number, and None where that means something.
@@ -548,6 +548,8 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     constants = {name: checked(name, value) for name, value in constants.items()}
     given = {name: constants[name] for name in overrides}
     folder, checkpoint, began = constants["RESUME"], constants["EVALUATE"], {"demo": False}
+    if checkpoint is not None and Path(checkpoint).expanduser().is_dir():
+        checkpoint = constants["EVALUATE"] = f"{checkpoint}/best.pt"
     if folder is not None:
         began = recorded(folder, given)
         constants |= began["constants"] | given

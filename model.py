@@ -40,6 +40,18 @@ class ModelError(RuntimeError):
     """A backbone, weights, a checkpoint or a device that can't be had; the message says what to do."""
 
 
+def resized(images: Tensor, height: int, width: int) -> Tensor:
+    """(…, H, W) cut at the right and bottom, or enlarged by repeating the last column and row.
+
+    By indices and not by slices and padding, which `torch.export` would trace for the sizes alone that need them.
+    """
+    rows, columns = (
+        torch.arange(new, device=images.device).clamp(max=old - 1)
+        for new, old in zip((height, width), images.shape[-2:], strict=True)
+    )
+    return images.index_select(-2, rows).index_select(-1, columns)
+
+
 class ConvNormReLU(nn.Sequential):
     """k × k convolution that keeps the size, or divides it by the stride, BatchNorm, ReLU."""
 
@@ -76,7 +88,7 @@ class Concatenation(nn.Module):
         self.mix = ConvNormReLU(2 * channels, channels, 3)
 
     def forward(self, features: Tensor) -> Tensor:
-        before, after = features.unflatten(0, (2, -1))  # (N, channels, h, w) each
+        before, after = features.tensor_split(2)  # (N, channels, h, w) each
         return self.mix(torch.cat([before, after], dim=1))
 
 
@@ -84,7 +96,7 @@ class Difference(Concatenation):
     """The sum and the absolute difference of both dates' features, mixed likewise: their order makes no difference."""
 
     def forward(self, features: Tensor) -> Tensor:
-        before, after = features.unflatten(0, (2, -1))
+        before, after = features.tensor_split(2)
         return self.mix(torch.cat([before + after, (before - after).abs()], dim=1))
 
 
@@ -102,7 +114,7 @@ class CrossAttention(Concatenation):
 
     def forward(self, features: Tensor) -> Tensor:
         n, c, h, w = features.shape  # (2N, channels, h, w)
-        other = features.unflatten(0, (2, -1)).flip(0).flatten(0, 1)
+        other = features.roll(len(features) // 2, 0)
         query = self.query(features).view(n, self.HEADS, -1, h * w).mT  # (2N, heads, h·w, channels / heads)
         key, value = self.key_value(other).view(n, 2, self.HEADS, -1, h * w).mT.unbind(1)
         found = F.scaled_dot_product_attention(query, key, value).mT.reshape(n, c, h, w)
@@ -209,18 +221,17 @@ class FusionUNet(nn.Module):
         x = self.up2(x, self.fuse2(s2))  # (N, 32, H/2, W/2)
         x = self.head(x).float()  # (N, out_channels, H/2, W/2)
         logits = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
-        return logits[..., : image_a.shape[-2], : image_a.shape[-1]]
+        return resized(logits, *image_a.shape[-2:])
 
     def prepare(self, image_a: Tensor, image_b: Tensor) -> Tensor:
         """Both dates normalised, first all A then all B: float (2N, 3, H, W).
 
         H and W are enlarged to multiples of 32 by repeating the last column and row, so that each scale halves exactly.
         """
-        images = torch.cat([image_a, image_b])
+        images, end = torch.cat([image_a, image_b]), STRIDES[-1]
+        images = resized(images, *((length + end - 1) // end * end for length in images.shape[-2:]))
         if images.dtype == torch.uint8:
             images = images.float() / 255
-        end = STRIDES[-1]
-        images = F.pad(images, (0, -images.shape[-1] % end, 0, -images.shape[-2] % end), mode="replicate")
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def encode(self, images: Tensor) -> list[Tensor | None]:

@@ -414,6 +414,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "main.FusionUNet": LearnedCopy, "main.make_optimizers": optimizers_with_copy,
     },
     "half as wide": {"model.CHANNELS": tuple(width // 2 for width in model.CHANNELS)},
+    "half as wide at stride 2": {"model.CHANNELS": (16, 64, 96, 128, 128)},
     "wider where it is coarse": {"model.CHANNELS": (32, 64, 128, 192, 256)},
     "decoder concatenates, then narrows": {"model.Up": Wide},
     "heads and losses at strides 4 and 8 too": {

@@ -417,7 +417,7 @@ CASES: dict[str, tuple[Callable[[], object], Callable[[], object], str]] = {
     "RESUME and EVALUATE": (
         A_RUN, run(RESUME="runs/old", EVALUATE="best.pt"), "EVALUATE=best.pt: the run began with None",
     ),
-    "EVALUATE: a run's folder": (A_RUN, run(EVALUATE="runs/old"), "runs/old: no such checkpoint"),
+    "EVALUATE: a run's folder": (A_RUN, run(EVALUATE="runs/old"), "runs/old/best.pt: no such checkpoint"),
     # Archives
     "archive: a path that climbs out": (nothing, unpack("../../evil.png"), ""),
     "archive: a path from the root": (nothing, unpack("/tmp/evil.png"), ""),

@@ -528,7 +528,7 @@ def test_an_exported_model_runs_without_this_code(tmp_path, monkeypatch):
     (code,) = [cell for cell in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
                if "torch.export.export" in cell]  # fmt: skip
     exec(code.replace("runs/RUN_NAME", "best.pt"))
-    pairs = [torch.rand(2, n, 3, height, width) for n, height, width in ((1, 64, 64), (3, 96, 160), (2, 320, 128))]
+    pairs = [torch.rand(2, n, 3, height, width) for n, height, width in ((1, 64, 64), (3, 33, 47), (2, 320, 100))]
     torch.save(pairs, "pairs.pt")
     subprocess.run([sys.executable, "-c", RUN_ELSEWHERE], check=True)
     model = FusionUNet.load("best.pt", "cpu")
