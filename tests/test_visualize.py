@@ -207,7 +207,9 @@ def test_named_items_in_their_order(model):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["7", "2"]
 
 
-def test_of_a_large_image_the_window_of_most_errors_is_drawn_and_all_of_it_scored(model):
+def test_of_a_large_image_the_window_of_most_errors_is_drawn_and_all_of_it_scored(model, monkeypatch):
+    monkeypatch.setattr(model, "predict", lambda image_a, _: image_a[0] / 255)
+
     class OneHouse(Recorder):
         def __getitem__(self, index):
             image_a, image_b, label = super().__getitem__(index)
