@@ -728,12 +728,15 @@ def last_checkpoint(folder: str | None) -> dict | None:
     if folder is None or not Path(folder, "last.pt").exists():
         return None
     try:
-        return read_checkpoint(Path(folder, "last.pt"))
+        last = read_checkpoint(Path(folder, "last.pt"))
     except ModelError as error:
         reason = str(error).partition(";")[0]
         raise ModelError(
             f"{reason}; without it RESUME begins with the first epoch; best.pt is a file of its own"
         ) from error
+    if "step" not in last["rows"][-1]:
+        raise ModelError(f"RESUME={folder}: begun by an older program with other optimizers: go on with that one")
+    return last
 
 
 # Several processes, one a GPU, as torchrun starts them

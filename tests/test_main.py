@@ -542,6 +542,14 @@ def test_a_damaged_checkpoint_is_told_with_what_is_left(trained):
         FusionUNet.load(last, "cpu")
 
 
+def test_a_run_of_an_older_program_is_told_so(trained):
+    last = torch.load("runs/run/last.pt", weights_only=True)
+    del last["rows"][-1]["step"]
+    torch.save(last, "runs/run/last.pt")
+    with pytest.raises(ModelError, match="RESUME=runs/run: begun by an older program"):
+        main.main(RESUME="runs/run", EPOCHS=2)
+
+
 def test_the_notebook_of_the_readme_runs_as_it_stands(trained, capsys):
     cells = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     namespace: dict[str, object] = {}
