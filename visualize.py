@@ -345,7 +345,8 @@ def write_masks(
     A mask holds 0 and 255 or, of a model that tells K classes apart, 0 to K, and 0 where an image is void.
 
     A mask lies where its images lie: a TIFF by GeoTIFF tags, a PNG by a world file. Of folders, pairs whose masks are
-    there already are passed over, and one that can't be predicted doesn't stop the others.
+    there already are passed over, one that can't be predicted doesn't stop the others, and each has its row in
+    `summary.csv`.
 
     Args:
         checkpoint: `best.pt` of a run.
@@ -365,8 +366,6 @@ def write_masks(
         min_area: smaller areas count as unchanged; square metres where a pixel's are known, else pixels.
         simplify: pixels by which the polygons may leave out corners of their outlines; 0 for the pixels' own edges.
 
-    Of folders, `summary.csv` has a row for each pair.
-
     Raises:
         DataError: images that can't be read, or are not of one place and size; a file to write is there already; a
             threshold or pixel size that can't be. Of folders, at the end, with all that couldn't be predicted.
@@ -381,7 +380,7 @@ def write_masks(
     before, after = Path(before).expanduser(), after and Path(after).expanduser()
     if after is None:
         before, after = (before / name for name in (*folders.split(), *"AB")[:2])
-    plan, several = _plan(before, after, out, overwrite)
+    plan, several = _plan(before, after, out, overwrite, polygons)
     model = FusionUNet.load(checkpoint, device)
     model.threshold = model.threshold if threshold is None else threshold
     print(f"{len(plan)} to predict; changed where the probability is above {model.threshold:.4g}", flush=True)
@@ -460,8 +459,10 @@ def _extent(pixels: int, valid: int, name: str, pixel_area: float | None) -> str
     return f"{pixels:,} of {valid:,} pixels {name} ({pixels / valid:.2%}){metres}"
 
 
-def _plan(before: Path, after: Path, out: str | None, overwrite: bool) -> tuple[list[tuple], bool]:
-    """The pairs with the files for mask, overlay and probability; whether they come from folders."""
+def _plan(
+    before: Path, after: Path, out: str | None, overwrite: bool, polygons: bool
+) -> tuple[list[tuple], bool]:  # fmt: skip
+    """The pairs with the files for mask, overlay, probability and polygons; whether they come from folders."""
     for path in (before, after):
         if not path.exists() or path.is_file() != before.is_file():
             raise DataError(f"{path}: not there; give two images, two folders, or one folder that holds A and B")
@@ -482,7 +483,8 @@ def _plan(before: Path, after: Path, out: str | None, overwrite: bool) -> tuple[
             path.with_suffix(".geojson"),
         )  # fmt: skip
         if several and files[0].exists() and files[1].exists() and not overwrite:
-            print(f"{path}: is there already", flush=True)
+            lacks = polygons and not files[3].exists()
+            print(f"{path}: is there already{', without polygons: --overwrite makes them' * lacks}", flush=True)
             continue
         for file in (*files, world_file(path), world_file(files[2])):
             if file in taken or (file.exists() and not (overwrite and files[1].exists())):

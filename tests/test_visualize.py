@@ -894,11 +894,16 @@ def test_objects_of_a_georeferenced_pair(checkpoint, capsys):
         write_masks(checkpoint, "a.tif", "b.tif", min_area=-1.0)
 
 
-def test_a_summary_of_a_folder(checkpoint):
+def test_a_summary_of_a_folder(checkpoint, capsys):
     write_images("split/A/x.png", "split/A/y.png", "split/B/x.png", "split/B/y.png")
     write_masks(checkpoint, "split", polygons=True, pixel_size=0.5, min_area=2.0, device="cpu")
     write_images("split/A/z.png", "split/B/z.png")
+    Path("masks/x.geojson").rename("x.geojson")
     write_masks(checkpoint, "split", polygons=True, device="cpu")  # the others' rows stay
+    said = capsys.readouterr().out
+    assert "masks/x.png: is there already, without polygons: --overwrite makes them\n" in said
+    assert "masks/y.png: is there already\n" in said
+    Path("x.geojson").rename("masks/x.geojson")
     with open("masks/summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["mask"] for row in rows] == ["masks/x.png", "masks/y.png", "masks/z.png"]
