@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -312,19 +313,23 @@ class MLflowRun:
         self._run_id: str | None = None
         self._sent = 0  # epochs
         self._is_away, self._not_before = False, 0.0  # seconds
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        # Ctrl-C reaches the main thread alone: in it, a write that is cut off would keep mlflow.db locked.
+        self._sender = ThreadPoolExecutor(max_workers=1)
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what fails is told in one line
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own are 120, seven times over
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
     def send(self, rows: Sequence[dict[str, float]]) -> None:
         """Send the epochs that MLflow lacks, one request each; not within a minute of a failure."""
-        if time.monotonic() >= self._not_before and (lacks := self._failure(rows)) and not self._is_away:
+        if time.monotonic() < self._not_before:
+            return
+        if (lacks := self._sender.submit(self._failure, rows).result()) and not self._is_away:
             tqdm.write(f"MLflow doesn't answer ({lacks}); the run goes on, and what MLflow lacks is sent later")
             self._is_away = True
 
     def end(self, rows: Sequence[dict[str, float]], status: str, files: Sequence[Path]) -> None:
         """Send what is missing, the scores that the run ends with, its files, and how it ended."""
-        if lacks := self._failure(rows, status, files):
+        if lacks := self._sender.submit(self._failure, rows, status, files).result():
             again = "EVALUATE once more" if self.record["constants"].get("EVALUATE") else f"RESUME=runs/{self.name}"
             tqdm.write(f"MLflow lacks a part of this run ({lacks}); {again} sends it")
 
@@ -347,7 +352,7 @@ class MLflowRun:
                 client.set_terminated(self._run_id, status)
         except Exception as error:  # whatever is wrong with it, it is not worth a run
             self._not_before = time.monotonic() + 60
-            return str(error).partition("\n")[0][:200]
+            return str(getattr(error.__cause__, "orig", error)).partition("\n")[0][:200]
         if self._is_away:
             tqdm.write("MLflow is back and has what it lacked")
         self._is_away = False

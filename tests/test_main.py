@@ -10,19 +10,22 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import typing
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pytest
+import sqlalchemy
 import torch
 from conftest import PROCESSES, ROOT, as_torchrun, random_pair, start, start_main, write_pair, write_tiny
 from kill_and_resume import wrong_steps
@@ -802,6 +805,27 @@ def test_a_stalled_server_is_asked_once_a_minute(monkeypatch):
         twin.send([{"val_iou": 0.5}])
         now[0] += 2
     assert len(asked) <= 5 and all(later - one >= 70 for one, later in itertools.pairwise(asked))
+
+
+def test_what_ctrl_c_meets_is_written_to_its_end(tracking_uri, monkeypatch, capsys):
+    def interrupted(cursor: sqlite3.Cursor, statement: str, values: Sequence, _: object) -> bool:
+        cursor.executemany(statement, values)
+        if statement.startswith("INSERT INTO metrics"):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return True
+
+    monkeypatch.setattr(metrics.MLflowRun, "EXPERIMENT", "interrupted")
+    twin = metrics.MLflowRun("run", {"constants": {"DATA_DIR": "tiny"}, "data": {}, "id": "7", "demo": 1, "git": "x"})
+    rows = [{"train_loss": 0.5, "val_loss": 0.75}, {"train_loss": 0.25, "val_loss": 0.5}]
+    sqlalchemy.event.listen(sqlalchemy.Engine, "do_executemany", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        twin.send(rows[:1])
+    sqlalchemy.event.remove(sqlalchemy.Engine, "do_executemany", interrupted)
+    twin.end(rows, "KILLED", [])
+    client = mlflow.MlflowClient(tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("interrupted").experiment_id])
+    assert [point.value for point in client.get_metric_history(run.info.run_id, "train/loss")] == [0.5, 0.25]
+    assert run.info.status == "KILLED" and capsys.readouterr().out == ""
 
 
 def test_its_page_shows_what_mlflows_own_would(one_epoch, monkeypatch):
