@@ -87,7 +87,7 @@ ALPHA: float = 0.5  # weight of cross-entropy in the loss, the rest is soft IoU;
 
 # RUNTIME
 DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
-AMP: bool = True  # bfloat16 autocast in training, where the device computes in it by itself; False: float32
+AMP: bool = True  # bfloat16 autocast, where the device computes in it by itself; False: float32
 COMPILE: bool = False  # torch.compile for the training step: begins a minute or two later, and is slower on a CPU
 NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
 SEED: int = 0  # of the weights, the order, the crops and the colours
@@ -125,7 +125,7 @@ DEMO = {
 CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
 
 # What a checkpoint is scored with unless other values are given: as it was trained.
-OF_THE_DATA = ("DATA_DIR", "FOLDERS", "CACHE_DIR", "NUM_CLASSES", "IGNORE")
+AS_TRAINED = ("DATA_DIR", "FOLDERS", "CACHE_DIR", "NUM_CLASSES", "IGNORE", "AMP")
 
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
@@ -168,6 +168,7 @@ def main(**overrides: object) -> dict[str, float]:
                 config.WEIGHTS, config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE, config.FUSION
             )
             model.to(device, memory_format=torch.channels_last)
+        model.amp = config.AMP
         crop_sizes = {"train": config.CROP_SIZE, "val": PROTOCOL_CROP, "test": PROTOCOL_CROP}
         if not (test := Path(config.DATA_DIR, "test")).is_dir():
             del crop_sizes["test"]
@@ -299,7 +300,7 @@ def train(
 
         if epoch * len(loader) <= SETTLED_AFTER:
             settle(model, loader, jitter, autocast)
-        val, counts = evaluate(model, loaders["val"], config, "validation", config.AMP)
+        val, counts = evaluate(model, loaders["val"], config, "validation")
         model.threshold = counts.best_threshold()
         row |= prefixed("val", val)
         row |= {  # one more number an epoch: here
@@ -344,7 +345,7 @@ def make_criterion(config: SimpleNamespace) -> nn.Module:
 
 @torch.no_grad()
 def evaluate(
-    model: FusionUNet, loader: DataLoader, config: SimpleNamespace, name: str, amp: bool
+    model: FusionUNet, loader: DataLoader, config: SimpleNamespace, name: str
 ) -> tuple[dict[str, float], ChangeMetrics]:
     """One pass over a split, of all processes together.
 
@@ -356,7 +357,7 @@ def evaluate(
     """
     device, start = model.mean.device, time.perf_counter()
     criterion, metrics = make_criterion(config), ChangeMetrics(config.NUM_CLASSES)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp and has_bfloat16(device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and has_bfloat16(device))
     loss_sum, pairs = torch.zeros((), device=device), 0
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # BatchNorm's statistics, which differ on CPUs: those that are saved
@@ -387,6 +388,7 @@ def evaluate_checkpoint(config: SimpleNamespace, began: dict, device: torch.devi
         return {}
     leave_group()
     model = FusionUNet.load(config.EVALUATE, device)
+    model.amp = config.AMP
     if (classes := model.head.out_channels) != config.NUM_CLASSES:
         raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: give {classes}, as {config.EVALUATE} has")
     loader = load(config, device, config.SPLIT, PROTOCOL_CROP)
@@ -404,7 +406,7 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
         objects in whole images, at 0.5, `test_object_f1` and others.
     """
     split, rows, whole = loader.dataset.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
-    _, crops = evaluate(model, loader, config, split, amp=False)  # as `predict` computes
+    _, crops = evaluate(model, loader, config, split)
     images, are_small, found, missed = pairs_of(config, split), True, np.zeros(3, int), []
     for index in progress(range(len(images)), desc=f"{split}, whole images", unit="pair"):
         image_a, image_b, label = images[index]
@@ -555,7 +557,7 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         constants |= began["constants"] | given
     elif checkpoint is not None and (record := Path(checkpoint).with_name("constants.json")).is_file():
         trained = json.loads(record.read_text(encoding="utf-8"))  # on what it was trained is known
-        constants |= {name: trained["constants"].get(name, constants[name]) for name in OF_THE_DATA} | given
+        constants |= {name: trained["constants"].get(name, constants[name]) for name in AS_TRAINED} | given
         began["demo"] = trained["demo"] and "DATA_DIR" not in given
     elif "DATA_DIR" not in given and constants["DATA_DIR"] == "data":
         began["demo"] = not holds_data(constants)

@@ -6,15 +6,18 @@ Beside it: the backbone's stages, checkpoints, the optimizers that train it, and
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
 import hashlib
 import io
 import itertools
+import math
 import os
 import pickle
 import re
+import weakref
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,7 +176,8 @@ class FusionUNet(nn.Module):
         if fusion not in FUSIONS:
             raise ModelError(f"FUSION={fusion}: unknown; there are {', '.join(FUSIONS)}")
         self.freeze_backbone, self.backbone, self.fusion = freeze_backbone, backbone, fusion
-        self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets that of the checkpoint
+        self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets both as in the checkpoint
+        self.amp = True  # `predict` in bfloat16 autocast, where the device computes in it by itself; False: float32
         self.origin = ""  # run and epoch, as pictures say them
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -236,9 +240,12 @@ class FusionUNet(nn.Module):
 
     def encode(self, images: Tensor) -> list[Tensor | None]:
         """The backbone's features at strides 2, 4, 8, 16 and 32; None where it has none, as a Swin at stride 2."""
-        x, features = images, [None] * (len(STRIDES) - len(self.stages))
+        stages, kind = self.stages, images.device.type
+        if self.freeze_backbone and torch.is_autocast_enabled(kind) and not torch.compiler.is_compiling():
+            stages = cast_once(stages, torch.get_autocast_dtype(kind))
+        x, features = images, [None] * (len(STRIDES) - len(stages))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            for stage in self.stages.values():  # of a ResNet-50 64, 256, 512, 1024 and 2048 channels
+            for stage in stages.values():  # of a ResNet-50 64, 256, 512, 1024 and 2048 channels
                 x = stage(x)
                 features.append(x.permute(0, 3, 1, 2) if self._channels_last else x)
         return features
@@ -250,7 +257,7 @@ class FusionUNet(nn.Module):
             self.stages.eval()
         return self
 
-    def predict(self, image_a: ImageLike, image_b: ImageLike, tile_size: int = 1024, tta: bool = False) -> Tensor:
+    def predict(self, image_a: ImageLike, image_b: ImageLike, tile_size: int = 1152, tta: bool = False) -> Tensor:
         """Probability of change for one pair of any size, on the model's device, without gradients.
 
         What is larger than a tile is cut into tiles that overlap and are blended. Beside the images and the result,
@@ -259,7 +266,7 @@ class FusionUNet(nn.Module):
         Args:
             image_a: the image before: a file, a uint8 array (H, W, 3), or a tensor (3, H, W), uint8 or float in 0..1.
             image_b: the image after, likewise.
-            tile_size: side of a tile in pixels, a multiple of 32 of at least 512; what fits into one is one pass.
+            tile_size: largest side of a tile in pixels, a multiple of 32 of at least 512; one takes one pass.
             tta: test-time augmentation, average over flips and quarter turns; takes eight times as long.
 
         Returns:
@@ -278,9 +285,14 @@ class FusionUNet(nn.Module):
         rows, columns = (_blending(length, tile_size) for length in image_a.shape[1:])
         was_training, device, tiles = self.training, self.mean.device, len(rows) * len(columns)
         probability = torch.zeros(self.head.out_channels, *image_a.shape[1:])
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.amp and has_bfloat16(device))
         self.eval()
         try:
-            with torch.inference_mode(), tqdm(total=tiles, unit="tile", leave=False, disable=None, delay=1) as bar:
+            with (
+                torch.inference_mode(),
+                autocast,
+                tqdm(total=tiles, unit="tile", leave=False, disable=None, delay=1) as bar,
+            ):
                 for (y, weight_y), (x, weight_x) in itertools.product(rows, columns):
                     window = slice(None), slice(y, y + len(weight_y)), slice(x, x + len(weight_x))
                     tile = torch.stack([image_a[window], image_b[window]]).to(device)
@@ -318,7 +330,7 @@ class FusionUNet(nn.Module):
             with torch.device("meta"):  # no weights are drawn that the checkpoint's replace at once
                 model = cls(weights=None, **checkpoint["model_args"])
             model.load_state_dict(checkpoint["model"], assign=True)
-            model.threshold = float(checkpoint.get("threshold", 0.5))
+            model.threshold, model.amp = float(checkpoint.get("threshold", 0.5)), bool(checkpoint.get("amp", True))
             model.origin = f"{path.resolve().parent.name}, epoch {checkpoint['epoch']}" if "epoch" in checkpoint else ""
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ModelError(f"{path}: of another model ({type(error).__name__}); {CHECKPOINTS}") from error
@@ -329,6 +341,7 @@ class FusionUNet(nn.Module):
         model_args = {"out_channels": self.head.out_channels, "backbone": self.backbone, "fusion": self.fusion}
         model_args["freeze_backbone"] = self.freeze_backbone
         checkpoint = {"model_args": model_args, "model": self.state_dict(), "threshold": self.threshold}
+        checkpoint["amp"] = self.amp
         if self.freeze_backbone and not whole:
             checkpoint["model"] = {name: value for name, value in checkpoint["model"].items() if not _is_frozen(name)}
             checkpoint["frozen"] = self._frozen_digest
@@ -342,19 +355,23 @@ class FusionUNet(nn.Module):
 def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
     """Where tiles begin along a side of an image, at multiples of 32, and the weight of each of their pixels.
 
-    They add up to 1. From an inner edge on they are 0 for a quarter of the overlap, where the tile lacks its
-    surroundings, then rise in a straight line over the next half.
+    There are as few as can be, all of one size, no larger than needed. The weights add up to 1: from an inner edge on
+    they are 0 for a quarter of the overlap, where the tile lacks its surroundings, then rise in a straight line over
+    the next half.
     """
-    end = length + -length % STRIDES[-1]
-    starts = [*range(0, max(0, end - tile_size), tile_size - OVERLAP), max(0, end - tile_size)]
+    stride = STRIDES[-1]
+    end = -(-length // stride) * stride
+    tiles = max(1, math.ceil((end - OVERLAP) / (tile_size - OVERLAP)))
+    side = math.ceil((end + OVERLAP * (tiles - 1)) / tiles / stride) * stride
+    starts = [number * (side - OVERLAP) for number in range(tiles - 1)] + [end - side]
     pixel = torch.arange(length)
     weights = torch.ones(len(starts), length)
     for weight, start in zip(weights, starts, strict=True):
         left = pixel - start + 0.5 if start else torch.full((length,), torch.inf)
-        right = start + tile_size - pixel - 0.5 if start + tile_size < end else torch.full((length,), torch.inf)
+        right = start + side - pixel - 0.5 if start + side < end else torch.full((length,), torch.inf)
         weight[:] = ((torch.minimum(left, right) - OVERLAP / 4) / (OVERLAP / 2)).clamp(0, 1)
     weights /= weights.sum(0)
-    return [(start, weight[start : start + tile_size]) for start, weight in zip(starts, weights, strict=True)]
+    return [(start, weight[start : start + side]) for start, weight in zip(starts, weights, strict=True)]
 
 
 # The backbone
@@ -435,6 +452,23 @@ def fold(module: nn.Module) -> None:
             setattr(module, after, nn.Identity())
     for child in module.children():
         fold(child)
+
+
+_CAST: weakref.WeakKeyDictionary[nn.Module, tuple[object, nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def cast_once(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a frozen module with the weights that autocast would cast at each step, made anew when they change."""
+    weights = [(id(each), each.device, 0 if each.is_inference() else each._version) for each in module.parameters()]
+    state = dtype, weights
+    if module not in _CAST or _CAST[module][0] != state:
+        with torch.inference_mode(False):
+            cast = copy.deepcopy(module)
+            for layer in cast.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.to(dtype)
+        _CAST[module] = state, cast
+    return _CAST[module][1]
 
 
 # Checkpoints

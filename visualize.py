@@ -330,7 +330,7 @@ def write_masks(
     probability: bool = False,
     threshold: float | None = None,
     pixel_size: float | None = None,
-    tile_size: int = 1024,
+    tile_size: int = 1152,
     tta: bool = False,
     device: str | None = None,
     folders: str = "A B",
@@ -857,7 +857,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--probability", action="store_true", help="write it too, 0 to 65535 for 0 to 1")
     parser.add_argument("--tta", action="store_true", help="average over flips and quarter turns, 8 times slower")
     parser.add_argument("--pixel-size", type=float, metavar="METRES", help="of the images (a GeoTIFF's own)")
-    parser.add_argument("--tile-size", type=int, default=1024, metavar="PIXELS", help="less takes less memory (1024)")
+    parser.add_argument("--tile-size", type=int, default=1152, metavar="PIXELS", help="less takes less memory (1152)")
     parser.add_argument("--folders", default="A B", metavar='"A B"', help="their names, where one folder holds both")
     parser.add_argument("--align", action="store_true", help="crop both images to what they share")
     parser.add_argument("--polygons", action="store_true", help="write what changed as GeoJSON, a polygon an object")

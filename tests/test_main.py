@@ -595,8 +595,8 @@ def work(folder: Path, environment: dict[str, str]) -> None:
         # The counts of a validation pass, whose batches can't be shared evenly.
         model = FusionUNet.load(folder / "model.pt", "cpu")
         loader = make_loader(LEVIRCD(folder, "val", 32), 2, 0, on_gpu=False, rank=rank, world=world)
-        config = SimpleNamespace(ALPHA=0.5, NUM_CLASSES=1)
-        scores, counts = main.evaluate(model, loader, config, "val", amp=False)
+        config = SimpleNamespace(ALPHA=0.5, NUM_CLASSES=1, AMP=False)
+        scores, counts = main.evaluate(model, loader, config, "val")
         # A step's gradients, but for BatchNorm, which keeps its statistics.
         for module in model.train().modules():
             module.train(not isinstance(module, main.BATCH_NORMS) and module.training)

@@ -16,7 +16,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 
 import model as program
 from dataset import DataError
-from model import STRIDES, FusionUNet, KernelMuon, ModelError, _blending, make_optimizers, save
+from model import STRIDES, FusionUNet, KernelMuon, ModelError, _blending, has_bfloat16, make_optimizers, save
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_probabilities_of_classes():
     torch.manual_seed(0)
     model, (image_a, image_b) = FusionUNet(weights=None, out_channels=2).eval(), images(2, 64, 64)
     forth = model(image_a, image_b)
-    probability = model.predict(image_a[0], image_b[0])
+    probability = in_float32(model).predict(image_a[0], image_b[0])
     odds = forth[0].exp()
     torch.testing.assert_close(probability, odds / (1 + odds.sum(0)))
 
@@ -227,6 +227,12 @@ def lively(model) -> FusionUNet:
     return lively
 
 
+def in_float32(model: FusionUNet) -> FusionUNet:
+    model = copy.copy(model)  # of the same weights
+    model.amp = False
+    return model
+
+
 def whole_pass(model: FusionUNet, image_a: torch.Tensor, image_b: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         logits = model(image_a[None], image_b[None])[0]
@@ -235,7 +241,7 @@ def whole_pass(model: FusionUNet, image_a: torch.Tensor, image_b: torch.Tensor) 
 
 def test_predict_leaves_the_mode_and_gives_probabilities(model):
     image_a, image_b = (image[0] for image in images(1, 50, 40))
-    model.train()
+    model = in_float32(model).train()
     probability = model.predict(image_a, image_b)
     assert model.training and not model.stages["4"].training
     model.eval()
@@ -254,7 +260,7 @@ def smooth_pair(height: int, width: int) -> list[torch.Tensor]:
 def test_tiles_agree_with_one_pass(lively):
     image_a, image_b = smooth_pair(700, 600)  # no tile and no stride divides these
     whole = whole_pass(lively, image_a, image_b)
-    difference = (lively.predict(image_a, image_b, tile_size=512) - whole).abs()[64:-64, 64:-64]
+    difference = (in_float32(lively).predict(image_a, image_b, tile_size=512) - whole).abs()[64:-64, 64:-64]
     assert whole.std() > 0.1
     assert difference.max() > 0  # there were tiles
     assert difference.mean() < 1e-3 and difference.flatten().sort().values[-difference.numel() // 1000] < 0.05
@@ -262,7 +268,8 @@ def test_tiles_agree_with_one_pass(lively):
 
 def test_what_fits_into_a_tile_is_one_pass(lively):
     image_a, image_b = smooth_pair(490, 512)
-    assert torch.equal(lively.predict(image_a, image_b, tile_size=512), whole_pass(lively, image_a, image_b))
+    predicted = in_float32(lively).predict(image_a, image_b, tile_size=512)
+    assert torch.equal(predicted, whole_pass(lively, image_a, image_b))
 
 
 @pytest.mark.parametrize("length", [1, 33, 512, 513, 700, 1000, 1999])
@@ -274,6 +281,54 @@ def test_weights_of_tiles_add_up_to_one(length):
             assert weight[:64].max() == 0  # where a tile lacks its surroundings
         total[start : start + len(weight)] += weight
     torch.testing.assert_close(total, torch.ones(length))
+
+
+def test_tiles_are_no_larger_than_needed():
+    def tiles(length: int) -> list[tuple[int, int]]:
+        return [(start, len(weight)) for start, weight in _blending(length, 1024)]
+
+    assert tiles(1024) == [(0, 1024)]
+    assert tiles(1025) == [(0, 672), (384, 641)]  # (1056 + 256) / 2 = 656, and the next multiple of 32
+    assert tiles(1792) == [(0, 1024), (768, 1024)]
+    assert tiles(1824) == [(0, 800), (544, 800), (1024, 800)]  # (1824 + 2 × 256) / 3 = 779
+
+
+def test_bfloat16_moves_hardly_a_pixel(lively):
+    pair = smooth_pair(256, 256)
+    half = lively.predict(*pair)
+    whole = in_float32(lively).predict(*pair)
+    assert torch.equal(whole, half) != has_bfloat16(torch.device("cpu"))
+    assert (whole - half).abs().mean() < 0.005 and ((whole > 0.5) != (half > 0.5)).float().mean() < 0.005
+
+
+def cast_features(model: FusionUNet, pair: list[torch.Tensor], frozen: bool = True) -> list[torch.Tensor]:
+    model.freeze_backbone = frozen  # if not, autocast itself casts the weights
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.encode(model.prepare(*pair))
+    model.freeze_backbone = True
+    return features
+
+
+def test_frozen_weights_are_cast_once():
+    torch.manual_seed(0)
+    model, pair = FusionUNet(weights=None, backbone="resnet18"), images(1, 64, 64)
+    cast = []
+
+    def assert_right(model: FusionUNet, is_new: bool) -> None:
+        for one, other in zip(cast_features(model, pair), cast_features(model, pair, frozen=False), strict=True):
+            assert one.dtype == other.dtype == torch.bfloat16 and torch.equal(one, other)
+        cast.append(program.cast_once(model.stages, torch.bfloat16))
+        assert (cast[-1] not in cast[:-1]) == is_new
+
+    assert_right(model, True)
+    assert_right(model, False)
+    assert not any(value.dtype == torch.bfloat16 for value in model.checkpoint()["model"].values())
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(FusionUNet(weights=None, backbone="resnet18").state_dict())
+    assert_right(twin, True)
+    with torch.no_grad():
+        next(model.stages.parameters()).mul_(2)
+    assert_right(model, True)
 
 
 def test_no_seam_where_nothing_changes_its_look(lively):
@@ -307,7 +362,7 @@ def test_test_time_augmentation_is_the_mean_over_eight_views(model):
             turned = torch.rot90(pair.flip(-2) if mirrored else pair, turns, (2, 3))
             answer = torch.rot90(whole_pass(model, *turned), -turns)
             views.append(answer.flip(0) if mirrored else answer)
-    torch.testing.assert_close(model.predict(*pair, tta=True), torch.stack(views).mean(0))
+    torch.testing.assert_close(in_float32(model).predict(*pair, tta=True), torch.stack(views).mean(0))
 
 
 @pytest.mark.parametrize(
