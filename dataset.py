@@ -756,34 +756,6 @@ class Objects:
                 self.right[one] = self.found[other] = True
 
 
-class Windows(Dataset):
-    """Places in the images of a data set.
-
-    Args:
-        images: whole images, as `LEVIRCD` gives them.
-        places: index of the image, and the middle of the window, y and x in pixels.
-        side: of a window, pixels.
-    """
-
-    def __init__(self, images: LEVIRCD, places: Sequence[tuple[int, int, int]], side: int):
-        self.images, self.places, self.side = images, places, side
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        image, *middle = self.places[index]
-        item = self.images[image]
-        y, x = (int(np.clip(at - self.side // 2, 0, max(0, length - self.side)))
-                for at, length in zip(middle, item[2].shape[1:], strict=True))  # fmt: skip
-        return tuple(tensor[:, y : y + self.side, x : x + self.side] for tensor in item)
-
-    def name(self, index: int) -> str:
-        """The image's, and where the window's middle is."""
-        image, y, x = self.places[index]
-        return f"{self.images.name(image)} [{y}, {x}]"
-
-
 def as_tensor(image: ImageLike) -> Tensor:
     """(3, H, W), uint8 or float, of an image however it is given; DataError where it is something else."""
     if isinstance(image, str | os.PathLike):

@@ -45,7 +45,6 @@ from dataset import (
     SUFFIXES,
     DataError,
     Objects,
-    Windows,
     color_jitter,
     make_loader,
     progress,
@@ -74,7 +73,7 @@ SWAP_DATES: float = 0.0  # chance that a crop's dates are exchanged; 0: built an
 BACKBONE: str = "resnet50"  # torchvision's name: "resnet18", "convnext_tiny", "swin_t" or others with four strides
 WEIGHTS: str | None = "IMAGENET1K_V1"  # torchvision's, fetched once (98 MB); a file of them; a run's best.pt; None
 FUSION: str = "concatenation"  # of the dates; "difference": their order makes no difference; "attention": across them
-FREEZE_BACKBONE: bool = True  # False trains the backbone too: 26 M parameters instead of 2.5 M
+FREEZE_BACKBONE: bool = True  # False trains the backbone too: 26 M parameters instead of 2.2 M
 
 # OPTIMISATION
 BATCH_SIZE: int = 16  # pairs a step, of all GPUs together; halve it when their memory runs out
@@ -124,8 +123,8 @@ DEMO = {
 # What may change when a run goes on; anything else would make it another experiment.
 CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
 
-# What a checkpoint is scored with unless other values are given: as it was trained.
-AS_TRAINED = ("DATA_DIR", "FOLDERS", "CACHE_DIR", "NUM_CLASSES", "IGNORE", "AMP")
+# What isn't taken from the run whose checkpoint is scored; the rest is, unless it is given.
+OF_EACH_RUN = ("DEVICE", "NUM_WORKERS", "SEED", "RESUME", "RUN_NAME", "EVALUATE", "SPLIT")
 
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
@@ -465,9 +464,16 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
         if items:
             plot_predictions(model, images, model.mean.device, path=log.folder / name, items=items)
     if missed:
-        places = [place for _, *place in sorted(missed, reverse=True)[:10]]
-        windows = Windows(images, places, PROTOCOL_CROP // 2)
-        plot_predictions(model, windows, model.mean.device, path=log.folder / "missed.png", items=range(len(windows)))
+        items, middles = [], []
+        for _, index, *middle in sorted(missed, reverse=True):
+            near = [
+                np.ptp([middle, other], 0).max() for item, other in zip(items, middles, strict=True) if item == index
+            ]
+            if len(items) < 10 and min(near, default=LARGEST) > 32:  # else it can be seen in the other's window
+                items.append(index)
+                middles.append(middle)
+        path = log.folder / "missed.png"
+        plot_predictions(model, images, model.mean.device, path=path, items=items, middles=middles)
     return scores
 
 
@@ -556,8 +562,9 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         began = recorded(folder, given)
         constants |= began["constants"] | given
     elif checkpoint is not None and (record := Path(checkpoint).with_name("constants.json")).is_file():
-        trained = json.loads(record.read_text(encoding="utf-8"))  # on what it was trained is known
-        constants |= {name: trained["constants"].get(name, constants[name]) for name in AS_TRAINED} | given
+        trained = json.loads(record.read_text(encoding="utf-8"))
+        taken = trained["constants"].keys() & constants.keys() - set(OF_EACH_RUN)
+        constants |= {name: trained["constants"][name] for name in taken} | given
         began["demo"] = trained["demo"] and "DATA_DIR" not in given
     elif "DATA_DIR" not in given and constants["DATA_DIR"] == "data":
         began["demo"] = not holds_data(constants)

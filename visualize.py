@@ -93,12 +93,13 @@ def plot_predictions(
     num_samples: int = 10,
     path: str | os.PathLike | None = "results.png",
     items: Sequence[int] | None = None,
+    middles: Sequence[tuple[int, int]] | None = None,
 ) -> Figure:
     """Draw a row for each of a few pairs: before, after, truth, prediction at 0.5, where the two differ, probability.
 
     Of an image larger than 256 pixels it is the window of 256 with the most errors, marked in the whole. The errors lie
-    over the image after, dimmed, with a ring around objects that are missed or false as such; the score is that of the
-    whole image.
+    over the image after, dimmed, with a ring around each object that has no match (see `dataset.Objects`); the score is
+    that of the whole image.
 
     Args:
         model: the detector; its mode and its device are left as they were.
@@ -108,6 +109,7 @@ def plot_predictions(
             of it where it holds fewer.
         path: PNG to write, its folder made where missing; None writes nothing.
         items: what to draw instead, in this order.
+        middles: of each of them the window of 128 around this place, y and x in pixels, is drawn instead.
 
     Returns:
         The figure, closed for pyplot, so that a notebook shows it once: as the value of its cell.
@@ -125,9 +127,10 @@ def plot_predictions(
     home, rows = next(model.parameters()).device, []
     try:
         model.to(device)
-        for index in items:
+        for index, middle in zip(items, middles or [None] * len(items), strict=True):
             image_a, image_b, label = dataset[index]
-            rows.append(_pictures(image_a, image_b, label[0].numpy(), model.predict(image_a, image_b).numpy()))
+            chance = model.predict(image_a, image_b).numpy()
+            rows.append(_pictures(image_a, image_b, label[0].numpy(), chance, middle))
     finally:
         model.to(home)
     columns = [name for name in ("whole", *COLUMNS) if any(name in pictures for pictures, _, _ in rows)]
@@ -146,6 +149,8 @@ def plot_predictions(
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=CLASSES[0], linewidth=1.5))
         axis.text(columns.index("errors") + 0.5, row + 0.955, score, va="top", ha="center", fontsize=9)
     names = [dataset.name(index) if hasattr(dataset, "name") else index for index in items]
+    for number, (y, x) in enumerate(middles or ()):
+        names[number] = f"{names[number]}\ny {y}, x {x}"
     axis.set(xlim=(0, len(columns)), ylim=(len(items) + 0.45, 0), frame_on=False)
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=FONT["axes.titlesize"])
     axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center", fontsize=8)
@@ -179,9 +184,12 @@ def _draw_keys(axis: Axes, columns: list[str], row: int, num_classes: int) -> No
         colours = enumerate(_class_colours(num_classes)[1:], 1)
         keys["prediction"] = {f"class {number}": colour for number, colour in colours}
     for column, colours in keys.items():
-        patches = [Patch(facecolor=colour, edgecolor="black") for colour in colours.values()]
+        patches = {name: Patch(facecolor=colour, edgecolor="black") for name, colour in colours.items()}
+        if column == "errors":
+            patches["ring: no match"] = Patch(facecolor="none", edgecolor=OUTCOMES["missed"])
         axis.add_artist(Legend(
-            axis, patches, list(colours), loc="upper center", bbox_to_anchor=(columns.index(column) + 0.5, row + 0.02),
+            axis, patches.values(), patches.keys(), loc="upper center",
+            bbox_to_anchor=(columns.index(column) + 0.5, row + 0.02),
             bbox_transform=axis.transData, frameon=False, fontsize=9, labelspacing=0.2, borderaxespad=0,
             ncols=-(-len(patches) // 4),
         ))  # fmt: skip
@@ -208,12 +216,16 @@ def _classes(probability: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def _pictures(
-    image_a: torch.Tensor, image_b: torch.Tensor, truth: np.ndarray, probability: np.ndarray
+    image_a: torch.Tensor,
+    image_b: torch.Tensor,
+    truth: np.ndarray,
+    probability: np.ndarray,
+    middle: tuple[int, int] | None = None,
 ) -> tuple[dict[str, np.ndarray], str, tuple[float, ...] | None]:
     """The pictures of a pair by their columns, its score in words, and where in the whole they lie if it is larger.
 
     That is x, y, width and height as shares of the whole, in 0..1.
-    """
+    """  # fmt: skip
     num_classes, prediction = 1 if probability.ndim == 2 else len(probability), _classes(probability, 0.5)
     ignored = truth == IGNORED
     truth, prediction = truth * ~ignored, prediction * ~ignored
@@ -223,11 +235,15 @@ def _pictures(
     score = f"IoU {hits / union:.2f}, {wrong.sum():,} px wrong" if union else "no change, none found"
     before, after = (image.permute(1, 2, 0).numpy() for image in (image_a, image_b))
     pictures, marked = {}, None
-    if max(truth.shape) > WINDOW:
+    side = WINDOW if middle is None else WINDOW // 2
+    if max(truth.shape) > side:
         score = f"whole: {score}"
-        y, x = _window_of_most(wrong + 1e-3 * labelled)
+        (height, width), (rows, columns) = truth.shape, (min(side, length) for length in truth.shape)
+        if middle is None:
+            y, x = _window_of_most(wrong + 1e-3 * labelled)
+        else:
+            y, x = np.clip(np.array(middle) - side // 2, 0, (height - rows, width - columns)).tolist()
         pictures["whole"] = after[(slice(None, None, -(-max(truth.shape) // (2 * WINDOW))),) * 2]
-        (height, width), (rows, columns) = truth.shape, (min(WINDOW, length) for length in truth.shape)
         marked = x / width, y / height, columns / width, rows / height
         window = slice(y, y + rows), slice(x, x + columns)
         cut = [each[window] for each in (before, after, truth, prediction, labelled, predicted, wrong, ignored)]
@@ -244,8 +260,9 @@ def _pictures(
     where = (labelled & ~wrong, labelled & ~predicted, predicted & ~labelled, labelled & predicted & wrong)
     for colour, there in zip(OUTCOMES.values(), where, strict=True):
         errors[there] = 0.3 * errors[there] + 0.7 * np.array(to_rgb(colour))
-    for name, there in zip(("missed", "false alarm"), apart, strict=True):  # as objects: a ring around them
-        errors[ndimage.binary_dilation(there, iterations=3) & ~there] = to_rgb(OUTCOMES[name])
+    for name, there in zip(("missed", "false alarm"), apart, strict=True):  # as objects: a ring at some distance
+        inside, outside = (ndimage.binary_dilation(there, iterations=pixels) for pixels in (3, 6))
+        errors[outside & ~inside] = to_rgb(OUTCOMES[name])
     errors[ignored] = 0.5
     colours = _class_colours(num_classes)
     chance = probability.reshape(-1, *probability.shape[-2:]).sum(0)
@@ -276,7 +293,8 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None =
         "learning rate": ("learning_rate", "peak_learning_rate"),
     }  # fmt: skip
     for axis, (title, columns) in zip(axes, panels.items(), strict=True):
-        for column, colour in zip(columns, ("#0072b2", "#d55e00"), strict=True):
+        colours = ("#0072b2", "#d55e00") if title != "learning rate" else ("#009e73", "0.3")
+        for column, colour in zip(columns, colours, strict=True):
             label = {"learning_rate": "at the epoch's end", "peak_learning_rate": "highest in it"}.get(column)
             axis.plot(epochs, [float(row[column]) for row in rows], "o-", color=colour, markersize=4,
                       label=label or column.split("_")[0])  # fmt: skip
@@ -284,7 +302,7 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None =
         axis.set(title=title, xlabel="epoch", ylim=(0, 1.08 * axis.dataLim.y1 or 1), xlim=(0.5, len(rows) + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(fontsize=9)
     axes[1].set_title(f"IoU, best {float(best['val_iou']):.4f}")
     return _saved(figure, path)
 
@@ -298,12 +316,12 @@ def plot_precision_recall(
     plt.close(figure)
     recall, precision = np.meshgrid(*[np.linspace(0.001, 1, 200)] * 2)
     f1 = 2 * precision * recall / (precision + recall)
-    lines = axis.contour(recall, precision, f1, np.arange(0.1, 1, 0.1), colors="0.8", linewidths=0.8)
+    lines = axis.contour(recall, precision, f1, np.arange(0.1, 1, 0.1), colors="0.6", linewidths=0.8)
     axis.clabel(lines, fmt="F1 %.1f", fontsize=8)
     axis.plot(curve["recall"], curve["precision"], color="#0072b2")
     for (threshold, scores), marker in zip(points.items(), "osd^", strict=False):
         label = f"above {threshold:.4g}: F1 {scores['dice']:.3f}"
-        axis.plot(scores["recall"], scores["precision"], marker, color="#d55e00", label=label)
+        axis.plot(scores["recall"], scores["precision"], marker, color="#d55e00", fillstyle="none", ms=9, label=label)
     axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01))
     axis.legend(loc="lower left", frameon=False)
     return _saved(figure, path)

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import dataset
-from dataset import IGNORED, LEVIRCD, DataError, Objects, Windows, color_jitter
+from dataset import IGNORED, LEVIRCD, DataError, Objects, color_jitter
 
 RNG = np.random.default_rng(0)
 
@@ -501,11 +501,3 @@ def test_objects_worked_by_hand():
     assert (objects.found.sum(), len(objects.found), len(objects.right)) == (0, 2, 1)
     nothing = Objects(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8))
     assert len(nothing.found) == len(nothing.right) == 0
-
-
-def test_windows_lie_within_their_images(tiny):
-    images = LEVIRCD(tiny, "val")
-    windows = Windows(images, [(1, 0, 63), (0, 20, 30)], 16)
-    assert [tensor.shape for tensor in windows[0]] == [(3, 16, 16), (3, 16, 16), (1, 16, 16)]
-    assert torch.equal(windows[0][0], images[1][0][:, :16, -16:])
-    assert torch.equal(windows[1][2], images[0][2][:, 12:28, 22:38]) and windows.name(1) == "pair_0 [20, 30]"

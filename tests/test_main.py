@@ -119,6 +119,8 @@ def test_a_whole_run(tiny, capsys):
 
     # The saved model is the one that was scored, and it is scored the same again.
     again = main.main(EVALUATE=str(run), RUN_NAME="again", DEVICE="cpu", CACHE_DIR=None)  # of the run's data
+    taken = json.loads(Path("runs/again/constants.json").read_text())["constants"]
+    assert (taken["BACKBONE"], taken["CROP_SIZE"], taken["RUN_NAME"]) == ("resnet18", QUICK["CROP_SIZE"], "again")
     assert again == {name: value for name, value in scores.items() if name.startswith("test_")}
     assert logged_run("again").data.metrics["test/whole_iou"] == again["test_whole_iou"]
 

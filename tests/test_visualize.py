@@ -166,7 +166,7 @@ def test_errors_are_drawn_and_scored(model):
     iou = (predicted & labelled).sum() / (predicted | labelled).sum()
     wrong = (predicted != labelled).sum()
     assert figure.axes[0].texts[0].get_text() == f"IoU {iou:.2f}, {wrong:,} px wrong"
-    assert legends(figure) == set(OUTCOMES) - {"wrong class"}
+    assert legends(figure) == set(OUTCOMES) - {"wrong class"} | {"ring: no match"}
 
 
 def test_several_classes_have_their_colours(model_of_two):
@@ -190,7 +190,7 @@ def test_several_classes_have_their_colours(model_of_two):
     assert np.array_equal(wrong | ringed(errors), expected | ringed(errors)) and expected.any()
     right = ((guess == label) & (label > 0)).sum() / ((guess > 0) | (label > 0)).sum()
     assert figure.axes[0].texts[0].get_text() == f"IoU {right:.2f}, {(guess != label).sum():,} px wrong"
-    assert legends(figure) == {*OUTCOMES, "class 1", "class 2"}
+    assert legends(figure) == {*OUTCOMES, "ring: no match", "class 1", "class 2"}
 
 
 def test_no_two_meanings_share_a_hue():
@@ -248,9 +248,30 @@ def test_objects_that_are_missed_or_false_have_a_ring(model, monkeypatch):
     errors = plot_predictions(model, [(*images, label.byte())], "cpu", path=None).axes[0].get_images()[4].get_array()
     for name, y, x in (("missed", 4, 4), ("false alarm", 52, 4)):
         ring = np.isclose(errors, to_rgb(OUTCOMES[name])).all(-1)
-        assert ring[y + 3, x - 3] and ring[y + 3, x + 10] and not ring[y : y + 8, x : x + 8].any()
-        assert ring.sum() < 17 * 17 - 64
-    assert not ringed(errors)[25:51, 25:55].any()
+        assert ring[y + 3, x + 12] and not ring[y - 3 : y + 11, x : x + 8].any()
+        assert ring.sum() < 20 * 20 - 14 * 14
+    assert not ringed(errors)[20:40, 20:60].any()
+
+
+def test_windows_around_places_have_the_errors_of_the_whole(model, monkeypatch):
+    label, predicted = torch.zeros(2, 1, 300, 400)
+    label[0, 100:200, 100:300] = predicted[0, 100:200, 80:300] = 1  # a match, though not within either window
+    monkeypatch.setattr(model, "predict", lambda *_: predicted[0])
+    image = torch.arange(400, dtype=torch.float32).expand(3, 300, 400).div(2).byte()
+    data, middles = [(image, image, label.byte())], [(0, 10), (150, 399)]
+    axis = plot_predictions(model, data, "cpu", path=None, items=[0, 0], middles=middles).axes[0]
+    pictures = [picture.get_array() for picture in axis.get_images()]
+    assert np.array_equal(pictures[1], image[:, :128, :128].permute(1, 2, 0))
+    assert np.array_equal(pictures[8], image[:, 86:214, 272:].permute(1, 2, 0))
+    for errors, rows, columns in (
+        (pictures[5], slice(128), slice(128)),
+        (pictures[12], slice(86, 214), slice(272, 400)),
+    ):
+        assert not ringed(errors).any()
+        wrong = (label != predicted)[0, rows, columns].numpy()
+        assert np.array_equal(errors[..., 2] > 0.6, wrong | label[0, rows, columns].bool().numpy())
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["0\ny 0, x 10", "0\ny 150, x 399"]
+    assert axis.texts[0].get_text() == "whole: IoU 0.91, 2,000 px wrong"
 
 
 def test_the_picture_says_where_its_model_comes_from(model):
