@@ -246,25 +246,33 @@ def color_jitter(
         float32 (N, 3, H, W) in 0..1.
     """
 
-    def draw(strength: float) -> Tensor:
+    def draw(middle: float, strength: float) -> Tensor:
         of_all = torch.empty(world * len(images), 1, 1, device=images.device)
-        return of_all.uniform_(-strength, strength)[rank::world]
+        return of_all.uniform_(middle - strength, middle + strength)[rank::world]
 
-    pixels = images.flatten(2).float() / 255  # (N, 3, H·W)
-    bright, contrasting, saturated = (1 + draw(strength) for strength in (brightness, contrast, saturation))
+    pixels = images.flatten(2) / 255  # (N, 3, H·W), float32
+    bright, contrasting, saturated = (draw(1, strength) for strength in (brightness, contrast, saturation))
     luma = pixels.new_tensor([[0.2989, 0.587, 0.114]])  # ITU-R BT.601, with torchvision's digits
     own = torch.eye(3, device=images.device)
-    matrix = _turn_hue(2 * np.pi * draw(hue)) @ torch.lerp(luma.expand(3, 3), own, saturated)
+    matrix = _turn_hue(draw(0, 2 * np.pi * hue)) @ torch.lerp(luma.expand(3, 3), own, saturated)
     grey = bright * (luma @ pixels.mean(2, keepdim=True))  # (N, 1, 1), about which contrast is stretched
     offset = (1 - contrasting) * grey * matrix.sum(2, keepdim=True)
     return torch.baddbmm(offset, contrasting * bright * matrix, pixels).clamp_(0, 1).view(images.shape)
 
 
+# The share along the unit grey axis (1, 1, 1) / √3, the rest, and the axis' cross product.
+AXIS = 3**-0.5
+HUE = (
+    [[1 / 3] * 3] * 3,
+    [[2 / 3, -1 / 3, -1 / 3], [-1 / 3, 2 / 3, -1 / 3], [-1 / 3, -1 / 3, 2 / 3]],
+    [[0, -AXIS, AXIS], [AXIS, 0, -AXIS], [-AXIS, AXIS, 0]],
+)
+
+
 def _turn_hue(angle: Tensor) -> Tensor:
     """(N, 3, 3), which rotate colours about the grey axis (Rodrigues' formula) by `angle`, radians, (N, 1, 1)."""
-    own, grey = torch.eye(3, device=angle.device), torch.full((3, 3), 1 / 3, device=angle.device)
-    cross = (own.roll(1, 0) - own.roll(-1, 0)) / 3**0.5  # the unit grey axis × the colour
-    return grey + (own - grey) * angle.cos() + cross * angle.sin()
+    grey, apart, cross = torch.tensor(HUE, device=angle.device)
+    return torch.addcmul(torch.addcmul(grey, apart, angle.cos()), cross, angle.sin())
 
 
 # Files

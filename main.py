@@ -266,7 +266,7 @@ def train(
         with progress(desc=f"epoch {epoch}", total=len(loader.dataset), unit="pair") as bar:
             for step, batch in enumerate(loader, 1):
                 image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
-                image_a, image_b = jitter(image_a), jitter(image_b)
+                image_a, image_b = jitter(torch.cat([image_a, image_b])).chunk(2)  # both dates in one go
                 with autocast:
                     logits = parallel(image_a, image_b)
                 loss = criterion(logits, label)
@@ -511,7 +511,7 @@ def settle(model: FusionUNet, loader: DataLoader, jitter: Callable[[Tensor], Ten
     for batch in itertools.islice(loader, 20):
         image_a, image_b = (image.to(device) for image in batch[:2])
         with autocast:
-            model(jitter(image_a), jitter(image_b))
+            model(*jitter(torch.cat([image_a, image_b])).chunk(2))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
-import itertools
 import os
 import re
 import statistics
@@ -230,16 +229,14 @@ def noise_and_blur(images: Tensor, **how: float) -> Tensor:
 
 
 def both_alike(images: Tensor, **how: float) -> Tensor:
-    """Colour jitter with the same draws for the first date and, next, for the second."""
-    state = torch.get_rng_state()
-    jittered = COLOR_JITTER(images, **how)
-    if next(DATE):
-        torch.set_rng_state(state)
-    return jittered
+    """Colour jitter with the same draws for both dates."""
+    state, (before, after) = torch.get_rng_state(), images.chunk(2)
+    before = COLOR_JITTER(before, **how)
+    torch.set_rng_state(state)
+    return torch.cat([before, COLOR_JITTER(after, **how)])
 
 
 RANDOM_CROP, COLOR_JITTER = dataset.LEVIRCD._random_crop, dataset.color_jitter
-DATE = itertools.cycle((True, False))  # whether it is the first one's turn
 
 
 # Loss

@@ -180,7 +180,7 @@ class Trainer:
 
     def step(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> None:
         """All that a training step does once its batch is on the device."""
-        loss = self.forward(color_jitter(image_a, *JITTER), color_jitter(image_b, *JITTER), label)
+        loss = self.forward(*color_jitter(torch.cat([image_a, image_b]), *JITTER).chunk(2), label)
         self.model.zero_grad()
         loss.backward()
         self.update()
@@ -229,7 +229,7 @@ def steps(table: Table, trainer: Trainer, pairs: int, size: int, rate: float) ->
     both = table.seconds("model and loss, forward and backward", lambda: trainer.forward(*batch).backward())
     table.add("so backward", both - forward, "s")
     table.seconds("gradient norm, Muon and AdamW", trainer.update)
-    table.seconds("colour jitter, both dates", lambda: [color_jitter(image, *JITTER) for image in batch[:2]])
+    table.seconds("colour jitter, both dates", lambda: color_jitter(torch.cat(batch[:2]), *JITTER))
     step = table.seconds("the step", lambda: trainer.step(*batch))
     table.add("pairs a second", pairs / step, "pairs/s")
     table.add("floating-point operations, by torch's counter", counter.get_total_flops() / 1e9, "GFLOP")
