@@ -260,9 +260,9 @@ def color_jitter(
     return torch.baddbmm(offset, contrasting * bright * matrix, pixels).clamp_(0, 1).view(images.shape)
 
 
-# The share along the unit grey axis (1, 1, 1) / √3, the rest, and the axis' cross product.
+# Of a colour: its part along the unit grey axis (1, 1, 1) / √3, the rest, and the cross product with the axis.
 AXIS = 3**-0.5
-HUE = (
+GREY_REST_CROSS = (
     [[1 / 3] * 3] * 3,
     [[2 / 3, -1 / 3, -1 / 3], [-1 / 3, 2 / 3, -1 / 3], [-1 / 3, -1 / 3, 2 / 3]],
     [[0, -AXIS, AXIS], [AXIS, 0, -AXIS], [-AXIS, AXIS, 0]],
@@ -271,8 +271,8 @@ HUE = (
 
 def _turn_hue(angle: Tensor) -> Tensor:
     """(N, 3, 3), which rotate colours about the grey axis (Rodrigues' formula) by `angle`, radians, (N, 1, 1)."""
-    grey, apart, cross = torch.tensor(HUE, device=angle.device)
-    return torch.addcmul(torch.addcmul(grey, apart, angle.cos()), cross, angle.sin())
+    grey, rest, cross = torch.tensor(GREY_REST_CROSS, device=angle.device)
+    return torch.addcmul(torch.addcmul(grey, rest, angle.cos()), cross, angle.sin())
 
 
 # Files

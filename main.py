@@ -124,7 +124,7 @@ DEMO = {
 CHANGEABLE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
 
 # What isn't taken from the run whose checkpoint is scored; the rest is, unless it is given.
-OF_EACH_RUN = ("DEVICE", "NUM_WORKERS", "SEED", "RESUME", "RUN_NAME", "EVALUATE", "SPLIT")
+OF_EACH_RUN = ("DEVICE", "NUM_WORKERS", "RESUME", "RUN_NAME", "EVALUATE", "SPLIT")
 
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
@@ -464,14 +464,12 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
         if items:
             plot_predictions(model, images, model.mean.device, path=log.folder / name, items=items)
     if missed:
-        items, middles = [], []
-        for _, index, *middle in sorted(missed, reverse=True):
-            near = [
-                np.ptp([middle, other], 0).max() for item, other in zip(items, middles, strict=True) if item == index
-            ]
-            if len(items) < 10 and min(near, default=LARGEST) > 32:  # else it can be seen in the other's window
-                items.append(index)
-                middles.append(middle)
+        chosen = []
+        for _, index, y, x in sorted(missed, reverse=True):
+            # One that is near stands in the same window.
+            if len(chosen) < 10 and all(index != i or max(abs(y - v), abs(x - u)) > 32 for i, v, u in chosen):
+                chosen.append((index, y, x))
+        items, middles = [index for index, *_ in chosen], [middle for _, *middle in chosen]
         path = log.folder / "missed.png"
         plot_predictions(model, images, model.mean.device, path=path, items=items, middles=middles)
     return scores

@@ -225,7 +225,7 @@ def _pictures(
     """The pictures of a pair by their columns, its score in words, and where in the whole they lie if it is larger.
 
     That is x, y, width and height as shares of the whole, in 0..1.
-    """  # fmt: skip
+    """
     num_classes, prediction = 1 if probability.ndim == 2 else len(probability), _classes(probability, 0.5)
     ignored = truth == IGNORED
     truth, prediction = truth * ~ignored, prediction * ~ignored

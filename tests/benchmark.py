@@ -281,12 +281,13 @@ def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
 
 
 def inference(table: Table, model: FusionUNet, large: tuple[int, int]) -> None:
-    """Whole images, as `predict` takes them, in float32."""
-    heading("prediction, float32")
+    """Whole images, as `predict` takes them."""
+    halved = has_bfloat16(table.device)
+    heading(f"prediction, {'bfloat16' if halved else 'float32'}")
     image_a, image_b, _ = noise(1, 1024, table.device)
 
     def encode() -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(table.device.type, torch.bfloat16, enabled=halved):
             model.encode(model.prepare(image_a, image_b))
 
     backbone = table.seconds("1024 × 1024, backbone", encode, 3)
