@@ -23,11 +23,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
+os.environ["KINETO_LOG_LEVEL"] = "5"  # before torch comes, whose profiler else complains where there is no GPU
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -187,9 +190,13 @@ class Trainer:
         for scheduler in self.schedulers:
             scheduler.step()
 
+    def clip(self) -> None:
+        """Shorten the gradient."""
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+
     def update(self) -> None:
         """What follows the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.clip()
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -197,6 +204,52 @@ class Trainer:
         """The backbone alone."""
         with self.autocast, torch.no_grad():
             return self.model.encode(self.model.prepare(image_a, image_b))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something, each about a kernel of a GPU; views and empty tensors aren't."""
+
+    NONE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "profiler::")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, operator: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.count += not (operator.is_view or operator.name().startswith(self.NONE))
+        return operator(*args, **kwargs or {})
+
+
+def operators(work: Callable[[], object]) -> int:
+    """How many a call launches."""
+    with Operators() as counted:
+        work()
+    return counted.count
+
+
+def launches(trainer: Trainer, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, int]:
+    """Operators of a training step, by part; "the step" is all of them."""
+    *images, label = batch
+    trainer.step(*batch)  # there are gradients from here on
+    logits = trainer.trained(*images).detach()
+    whole = operators(lambda: trainer.step(*batch))
+    parts = {
+        "colour jitter": operators(lambda: color_jitter(torch.cat(images), *JITTER)),
+        "backbone": operators(lambda: trainer.encode(*images)),
+        "fusion and decoder, forward": 0,
+        "loss": operators(lambda: trainer.criterion(logits, label)),
+        "metrics": operators(lambda: trainer.metrics.update(logits, label)),
+        "backward": 0,
+        "gradient norm": operators(trainer.clip),
+        "Muon": operators(trainer.optimizers[0].step),
+        "AdamW": operators(trainer.optimizers[1].step),
+    }
+    forward = operators(lambda: trainer.forward(*batch))
+    parts["fusion and decoder, forward"] = forward - sum(parts[name] for name in ("backbone", "loss", "metrics"))
+    parts["backward"] = whole - sum(parts.values())
+    return parts | {"the step": whole}
 
 
 def limits(table: Table, size: int) -> float:
@@ -397,6 +450,9 @@ def benchmark(kind: str, quick: bool) -> None:
         step = steps(table, trainer, pairs, 256, rate)
         table.add("the plain version's step takes", plain_step / step, "times as long")
         table.add("with its decoding", (plain_step + decoding) / step, "times as long")
+        heading("operators that a step launches")
+        for name, count in launches(trainer, noise(2, 64, device)).items():
+            table.add(name, count, "operators")
         profile(trainer, noise(pairs, 256, device))
         loading(table, folder, pairs)
         looping(table, trainer, folder, pairs)
