@@ -190,7 +190,14 @@ def make_loader(
         rank: which of the processes that train together this is; it gets a share of each random batch, and of the
             tiles' batches every `world`-th.
         world: how many there are.
+
+    Raises:
+        DataError: there are several, and no full batch to share.
     """
+    if dataset.augment and len(dataset) < batch_size and world > 1:
+        raise DataError(
+            f"{dataset.folder}: {len(dataset)} crops are no batch of {batch_size} to share: lower BATCH_SIZE"
+        )
     if dataset.augment:
         batches = RandomBatches(len(dataset), batch_size, rank, world)
     else:
@@ -252,7 +259,7 @@ def color_jitter(
 
     pixels = images.flatten(2) / 255  # (N, 3, H·W), float32
     bright, contrasting, saturated = (draw(1, strength) for strength in (brightness, contrast, saturation))
-    luma = pixels.new_tensor([[0.2989, 0.587, 0.114]])  # ITU-R BT.601, with torchvision's digits
+    luma = torch.tensor(LUMA).to(images.device, non_blocking=True)  # a host that blocks here waits for the last step
     own = torch.eye(3, device=images.device)
     matrix = _turn_hue(draw(0, 2 * np.pi * hue)) @ torch.lerp(luma.expand(3, 3), own, saturated)
     grey = bright * (luma @ pixels.mean(2, keepdim=True))  # (N, 1, 1), about which contrast is stretched
@@ -260,6 +267,7 @@ def color_jitter(
     return torch.baddbmm(offset, contrasting * bright * matrix, pixels).clamp_(0, 1).view(images.shape)
 
 
+LUMA = [[0.2989, 0.587, 0.114]]  # of red, green, blue: ITU-R BT.601, with torchvision's digits
 # Of a colour: its part along the unit grey axis (1, 1, 1) / √3, the rest, and the cross product with the axis.
 AXIS = 3**-0.5
 GREY_REST_CROSS = (
@@ -271,7 +279,7 @@ GREY_REST_CROSS = (
 
 def _turn_hue(angle: Tensor) -> Tensor:
     """(N, 3, 3), which rotate colours about the grey axis (Rodrigues' formula) by `angle`, radians, (N, 1, 1)."""
-    grey, rest, cross = torch.tensor(GREY_REST_CROSS, device=angle.device)
+    grey, rest, cross = torch.tensor(GREY_REST_CROSS).to(angle.device, non_blocking=True)
     return torch.addcmul(torch.addcmul(grey, rest, angle.cos()), cross, angle.sin())
 
 

@@ -253,7 +253,6 @@ def train(
     criterion, metrics = make_criterion(config), ChangeMetrics(config.NUM_CLASSES)
     anything_to_find = loaders["val"].dataset.has_change
     best = max(rows, key=lambda row: merit(row, anything_to_find), default=None)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and has_bfloat16(device))
     began, drawing = time.perf_counter(), 0.0  # seconds
 
     for epoch in range(len(rows) + 1, config.EPOCHS + 1):
@@ -267,7 +266,7 @@ def train(
             for step, batch in enumerate(loader, 1):
                 image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
                 image_a, image_b = jitter(torch.cat([image_a, image_b])).chunk(2)  # both dates in one go
-                with autocast:
+                with model.autocast():
                     logits = parallel(image_a, image_b)
                 loss = criterion(logits, label)
                 model.zero_grad()
@@ -298,7 +297,7 @@ def train(
         row = prefixed("train", row | {"pairs_per_second": world() * pairs / (time.perf_counter() - start)})
 
         if epoch * len(loader) <= SETTLED_AFTER:
-            settle(model, loader, jitter, autocast)
+            settle(model, loader, jitter)
         val, counts = evaluate(model, loaders["val"], config, "validation")
         model.threshold = counts.best_threshold()
         row |= prefixed("val", val)
@@ -356,7 +355,6 @@ def evaluate(
     """
     device, start = model.mean.device, time.perf_counter()
     criterion, metrics = make_criterion(config), ChangeMetrics(config.NUM_CLASSES)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.AMP and has_bfloat16(device))
     loss_sum, pairs = torch.zeros((), device=device), 0
     for buffer in model.buffers() if dist.is_initialized() else ():
         dist.broadcast(buffer, 0)  # BatchNorm's statistics, which differ on CPUs: those that are saved
@@ -364,7 +362,7 @@ def evaluate(
     with progress(desc=name, total=len(loader.dataset), unit="pair") as bar:
         for batch in loader:
             image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
-            with autocast:
+            with model.autocast():
                 logits = model(image_a, image_b)
             loss = criterion(logits, label)
             metrics.update(logits, label)
@@ -493,7 +491,7 @@ def merit(row: dict[str, float], anything_to_find: bool) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def settle(model: FusionUNet, loader: DataLoader, jitter: Callable[[Tensor], Tensor], autocast: torch.autocast) -> None:
+def settle(model: FusionUNet, loader: DataLoader, jitter: Callable[[Tensor], Tensor]) -> None:
     """Take BatchNorm's statistics anew, over up to 20 steps of training crops.
 
     Early in a training the weights move too fast for running averages to follow, which, with few steps an epoch, are
@@ -507,9 +505,9 @@ def settle(model: FusionUNet, loader: DataLoader, jitter: Callable[[Tensor], Ten
         norm.momentum = None  # the mean of all steps
     device = model.mean.device
     for batch in itertools.islice(loader, 20):
-        image_a, image_b = (image.to(device) for image in batch[:2])
-        with autocast:
-            model(*jitter(torch.cat([image_a, image_b])).chunk(2))
+        images = jitter(torch.cat([image.to(device) for image in batch[:2]]))
+        with model.autocast():
+            model(*images.chunk(2))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -555,7 +553,7 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     given = {name: constants[name] for name in overrides}
     folder, checkpoint, began = constants["RESUME"], constants["EVALUATE"], {"demo": False}
     if checkpoint is not None and Path(checkpoint).expanduser().is_dir():
-        checkpoint = constants["EVALUATE"] = f"{checkpoint}/best.pt"
+        checkpoint = f"{checkpoint}/best.pt"
     if folder is not None:
         began = recorded(folder, given)
         constants |= began["constants"] | given
@@ -755,10 +753,8 @@ def process_group() -> Iterator[None]:
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # a large data set takes hours to decode
-    try:
-        yield
-    finally:
-        leave_group()
+    yield
+    leave_group()  # not after an error: to leave, others may be waited for, that wait for this one
 
 
 def leave_group() -> None:

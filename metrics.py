@@ -75,7 +75,7 @@ class ChangeMetrics:
         passed = (change * STEP).ceil_().clamp_(-MOST, MOST + 1).add_(MOST).long()
         counted, label = (label != IGNORED).long(), label.long()
         cells = (kind * (1 + self.num_classes) + label * counted) * (len(self.LOGITS) + 1) + passed
-        self._counts = self._counts.to(logits.device)
+        self._counts = self._counts.to(logits.device, non_blocking=True)
         self._counts.view(-1).index_add_(0, cells.flatten(), counted.flatten())
 
     def compute(self, threshold: float = 0.5) -> dict[str, float]:

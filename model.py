@@ -180,7 +180,7 @@ class FusionUNet(nn.Module):
             raise ModelError(f"FUSION={fusion}: unknown; there are {', '.join(FUSIONS)}")
         self.freeze_backbone, self.backbone, self.fusion = freeze_backbone, backbone, fusion
         self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets both as in the checkpoint
-        self.amp = True  # `predict` in bfloat16 autocast, where the device computes in it by itself; False: float32
+        self.amp = True  # bfloat16, where the device computes in it by itself; False: float32
         self.origin = ""  # run and epoch, as pictures say them
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -201,6 +201,11 @@ class FusionUNet(nn.Module):
         self.head = nn.Conv2d(c2, out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: begin at 5 % (Lin et al. 2017, arXiv:1708.02002)
         if whole:
+            ours, theirs = self.model_args(), file["model_args"]
+            others = [f"{name.upper()}={theirs[name]}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
+            if others:
+                given = " ".join(others).replace("OUT_CHANNELS", "NUM_CLASSES")
+                raise ModelError(f"WEIGHTS={weights}: trained with {given}; give that too")
             _fit(self, whole, weights)
         self.train()
 
@@ -260,6 +265,11 @@ class FusionUNet(nn.Module):
             self.stages.eval()
         return self
 
+    def autocast(self) -> torch.autocast:
+        """What `forward` is called in: bfloat16, where `amp` is on and the device computes in it by itself."""
+        device = self.mean.device
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.amp and has_bfloat16(device))
+
     def predict(self, image_a: ImageLike, image_b: ImageLike, tile_size: int = 1152, tta: bool = False) -> Tensor:
         """Probability of change for one pair of any size, on the model's device, without gradients.
 
@@ -288,12 +298,11 @@ class FusionUNet(nn.Module):
         rows, columns = (_blending(length, tile_size) for length in image_a.shape[1:])
         was_training, device, tiles = self.training, self.mean.device, len(rows) * len(columns)
         probability = torch.zeros(self.head.out_channels, *image_a.shape[1:])
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.amp and has_bfloat16(device))
         self.eval()
         try:
             with (
                 torch.inference_mode(),
-                autocast,
+                self.autocast(),
                 tqdm(total=tiles, unit="tile", leave=False, disable=None, delay=1) as bar,
             ):
                 for (y, weight_y), (x, weight_x) in itertools.product(rows, columns):
@@ -339,12 +348,15 @@ class FusionUNet(nn.Module):
             raise ModelError(f"{path}: of another model ({type(error).__name__}); {CHECKPOINTS}") from error
         return model.to(pick_device(device), memory_format=torch.channels_last).eval()
 
+    def model_args(self) -> dict[str, object]:
+        """What it was made with, but for the weights."""
+        classes, frozen = self.head.out_channels, self.freeze_backbone
+        return {"out_channels": classes, "backbone": self.backbone, "fusion": self.fusion, "freeze_backbone": frozen}
+
     def checkpoint(self, whole: bool = True) -> dict:
         """All that `load` needs to give this model back; not whole, it leaves a frozen backbone to the file beside."""
-        model_args = {"out_channels": self.head.out_channels, "backbone": self.backbone, "fusion": self.fusion}
-        model_args["freeze_backbone"] = self.freeze_backbone
-        checkpoint = {"model_args": model_args, "model": self.state_dict(), "threshold": self.threshold}
-        checkpoint["amp"] = self.amp
+        checkpoint = {"model_args": self.model_args(), "model": self.state_dict()}
+        checkpoint |= {"threshold": self.threshold, "amp": self.amp}
         if self.freeze_backbone and not whole:
             checkpoint["model"] = {name: value for name, value in checkpoint["model"].items() if not _is_frozen(name)}
             checkpoint["frozen"] = self._frozen_digest
@@ -461,7 +473,10 @@ _CAST: weakref.WeakKeyDictionary[nn.Module, tuple[object, nn.Module]] = weakref.
 
 
 def cast_once(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a frozen module with the weights that autocast would cast at each step, made anew when they change."""
+    """A copy of a frozen module with the weights that autocast would cast at each step, made anew when they change.
+
+    What is written through `weight.data` isn't seen.
+    """
     weights = [(id(each), each.device, 0 if each.is_inference() else each._version) for each in module.parameters()]
     state = dtype, weights
     if module not in _CAST or _CAST[module][0] != state:
@@ -574,13 +589,15 @@ class KernelMuon(torch.optim.Optimizer):
             by_size.setdefault(-(-len(matrix) // 64) * 64, []).append((weight, matrix))
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")  # a rounded M Mᵀ has negative eigenvalues, which would grow
-        for size, pairs in by_size.items():
-            factors = self._orthogonalising([matrix for _, matrix in pairs], size)
-            for (weight, matrix), factor in zip(pairs, factors, strict=True):
-                rate = group["lr"] * 0.2 * max(matrix.shape) ** 0.5
-                factor = factor[: len(matrix), : len(matrix)]
-                weight.addmm_(factor, matrix, beta=1 - group["lr"] * group["weight_decay"], alpha=-rate)
-        torch.set_float32_matmul_precision(precision)
+        try:
+            for size, pairs in by_size.items():
+                factors = self._orthogonalising([matrix for _, matrix in pairs], size)
+                for (weight, matrix), factor in zip(pairs, factors, strict=True):
+                    rate = group["lr"] * 0.2 * max(matrix.shape) ** 0.5
+                    factor = factor[: len(matrix), : len(matrix)]
+                    weight.addmm_(factor, matrix, beta=1 - group["lr"] * group["weight_decay"], alpha=-rate)
+        finally:
+            torch.set_float32_matmul_precision(precision)
 
     def _orthogonalising(self, matrices: list[Tensor], size: int) -> Tensor:
         """(N, size, size): what each matrix, of at most so many rows, times which has singular values of about 1."""
@@ -627,7 +644,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     try:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if found.type == "cuda" else found
-        device = torch.device(name or of_process)
+        device = torch.device(of_process if name in (None, found.type) else name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index:
             torch.cuda.set_device(device)  # else some of its memory and work goes to the first GPU

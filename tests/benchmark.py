@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-if importlib.util.find_spec("mlflow") is None:  # speed can be measured without
-    names = ("mlflow", "mlflow.entities", "mlflow.tracking.context.registry")
+if importlib.util.find_spec("mlflow") is None:  # speed can be measured without, and without what it brings along
+    names = ("mlflow", "mlflow.entities", "mlflow.tracking.context.registry", "scipy", "scipy.ndimage")
     sys.modules |= {name: MagicMock() for name in names}
 import main
 from dataset import LEVIRCD, color_jitter, find_pairs, make_loader
@@ -168,8 +168,9 @@ class Trainer:
     def __init__(self, model: FusionUNet, device: torch.device, amp: bool, compiled: bool = False):
         self.model = model.to(device).train()
         self.trained = torch.compile(self.model) if compiled else self.model
+        self.model.amp = amp
+        self.autocast = self.model.autocast()
         self.precision = "bfloat16" if amp and has_bfloat16(device) else "float32"
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
         self.optimizers = make_optimizers(self.model, main.LEARNING_RATE, main.WEIGHT_DECAY)
         self.schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer) for optimizer in self.optimizers]
         self.criterion, self.metrics = CombinedIoULoss(), ChangeMetrics()
@@ -335,12 +336,11 @@ def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
 
 def inference(table: Table, model: FusionUNet, large: tuple[int, int]) -> None:
     """Whole images, as `predict` takes them."""
-    halved = has_bfloat16(table.device)
-    heading(f"prediction, {'bfloat16' if halved else 'float32'}")
+    heading(f"prediction, {'bfloat16' if has_bfloat16(table.device) else 'float32'}")
     image_a, image_b, _ = noise(1, 1024, table.device)
 
     def encode() -> None:
-        with torch.inference_mode(), torch.autocast(table.device.type, torch.bfloat16, enabled=halved):
+        with torch.inference_mode(), model.autocast():
             model.encode(model.prepare(image_a, image_b))
 
     backbone = table.seconds("1024 × 1024, backbone", encode, 3)

@@ -35,6 +35,7 @@ from scipy.special import logit
 from sklearn.metrics import average_precision_score, f1_score, jaccard_score, precision_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main
 import metrics
@@ -456,10 +457,10 @@ def test_fine_tuning_starts_from_a_checkpoint(tiny):
     first, second = (torch.load(f"runs/{name}/best.pt", weights_only=True)["model"] for name in ("first", "run"))
     trained = [name for name in first if name.endswith(("conv.weight", ".0.weight", "head.bias"))]
     assert trained and all(torch.equal(first[name], second[name]) for name in trained)
-    with pytest.raises(ModelError, match=r"WEIGHTS=runs/first/best\.pt: of .* keys .* are missing or of another shape"):
-        main.main(
-            **QUICK | {"DATA_DIR": str(tiny), "WEIGHTS": "runs/first/best.pt", "BACKBONE": "resnet50", "RUN_NAME": "x"}
-        )
+    others = {"BACKBONE": "resnet50", "FREEZE_BACKBONE": False, "WEIGHTS": "runs/first/best.pt", "RUN_NAME": "x"}
+    said = "best.pt: trained with BACKBONE=resnet18 FREEZE_BACKBONE=True; give that too"
+    with pytest.raises(ModelError, match=said):
+        main.main(**QUICK | {"DATA_DIR": str(tiny)} | others)
 
 
 def test_no_git_is_no_fault(monkeypatch):
@@ -609,6 +610,11 @@ def work(folder: Path, environment: dict[str, str]) -> None:
         found["step"] = torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad])
         found |= {"counts": torch.from_numpy(counts._passed()), "score": torch.tensor(scores["loss"])}
     torch.save(found, folder / f"{environment.get('RANK', 'alone')}.pt")
+
+
+def test_processes_without_a_full_batch_to_share(tiny):
+    with pytest.raises(DataError, match="16 crops are no batch of 17 to share: lower BATCH_SIZE"):
+        make_loader(LEVIRCD(tiny, "train", 32, augment=True), 17, 0, False, rank=1, world=2)
 
 
 def test_processes_share_batches_and_sum_what_they_count(tmp_path):
@@ -882,6 +888,18 @@ def test_real_pairs_run(real, tmp_path):
 # A GPU, where there is none
 
 
+class NoCopyThatWaits(TorchDispatchMode):
+    """To copy between the host and a GPU, and wait for it, is an error."""
+
+    def __torch_dispatch__(
+        self, operator: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = operator(*args, **kwargs or {})
+        if operator is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking"):
+            assert args[0].device.type == result.device.type, f"a copy from {args[0].device} to {result.device}"
+        return result
+
+
 @pytest.fixture
 def on_a_gpu() -> Iterator[FusionUNet]:
     """A model whose tensors say that they are on a GPU, and hold nothing: to read one on the host is an error."""
@@ -889,7 +907,9 @@ def on_a_gpu() -> Iterator[FusionUNet]:
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with FakeTensorMode() as mode:
-            yield model._apply(lambda tensor: mode.from_tensor(tensor).to("cuda"))
+            model._apply(lambda tensor: mode.from_tensor(tensor).to("cuda"))
+            with NoCopyThatWaits():
+                yield model
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
 
@@ -913,6 +933,8 @@ def test_what_waits_or_strays_would_be_seen(on_a_gpu):
     images = torch.empty(2, 2, 3, 64, 64, device="cuda")
     with pytest.raises(DataDependentOutputException):
         on_a_gpu(*images).mean().item()
+    with pytest.raises(AssertionError, match="a copy from cpu to cuda"):
+        on_a_gpu(*images) * torch.tensor([2.0], device="cuda")
     on_a_gpu.mean = torch.empty(3, 1, 1)
     with pytest.raises(RuntimeError, match="cuda"):
         on_a_gpu(*images)
