@@ -159,7 +159,9 @@ def write_noise(folder: Path, pairs: int, size: int, drawn: int = 4) -> None:
                 file.write_bytes(file.with_name(f"{index % drawn}.png").read_bytes())
                 continue
             array = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(array if part != "label" else array[..., 0] // 128 * 255).save(file)
+            if part == "label":  # blocks: in masks of noise each pixel would be an object
+                array = (array[::32, ::32, 0] // 128 * 255).repeat(32, 0).repeat(32, 1)[:size, :size]
+            Image.fromarray(array).save(file)
 
 
 class Trainer:
@@ -365,7 +367,7 @@ def ending(table: Table, trainer: Trainer, folder: Path) -> None:
     table.seconds("last.pt, each epoch", lambda: save(
         trainer.model.checkpoint(whole=False) | states, folder / "last.pt"))  # fmt: skip
     table.seconds("best.pt, when it got better", lambda: save(trainer.model.checkpoint(), folder / "best.pt"))
-    data = LEVIRCD(folder, "train", 256)
+    data = LEVIRCD(folder, "train", 256, cache_dir=folder / "cache")
     picture = folder / "picture.png"
     table.seconds("the picture", lambda: plot_predictions(
         trainer.model, data, table.device, num_samples=4, path=picture), 2)  # fmt: skip

@@ -826,8 +826,10 @@ def test_what_ctrl_c_meets_is_written_to_its_end(tracking_uri, monkeypatch, caps
     twin = metrics.MLflowRun("run", {"constants": {"DATA_DIR": "tiny"}, "data": {}, "id": "7", "demo": 1, "git": "x"})
     rows = [{"train_loss": 0.5, "val_loss": 0.75}, {"train_loss": 0.25, "val_loss": 0.5}]
     sqlalchemy.event.listen(sqlalchemy.Engine, "do_executemany", interrupted)
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)  # who began the tests may ignore it
     with pytest.raises(KeyboardInterrupt):
         twin.send(rows[:1])
+    signal.signal(signal.SIGINT, heeded)
     sqlalchemy.event.remove(sqlalchemy.Engine, "do_executemany", interrupted)
     twin.end(rows, "KILLED", [])
     client = mlflow.MlflowClient(tracking_uri)
