@@ -448,29 +448,43 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
     with written_whole(log.folder / f"{split}_metrics.json") as file:
         file.write(json.dumps(scores, indent=2) + "\n")
     rows.sort(key=lambda row: row["wrong_pixels"], reverse=True)
-    half = -(-len(rows) // 2)
-    worst, others = rows[: min(10, half)], rows[half:]
-    best = sorted(others, key=lambda row: row["labelled_pixels"] - row["wrong_pixels"], reverse=True)[:10]
-    sheets = {"worst.png": [row["index"] for row in worst], "best.png": [row["index"] for row in best]}
     with written_whole(log.folder / "per_image.csv") as file:
         table = csv.DictWriter(file, [name for name in rows[0] if name != "index"], extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
     title = f"{model.origin}: {split}, crops of {PROTOCOL_CROP}, AP {crops.average_precision():.3f}"
     plot_precision_recall(crops.curve(), points, title, log.folder / "precision_recall.png")
-    for name, items in sheets.items():
-        if items:
-            plot_predictions(model, images, model.mean.device, path=log.folder / name, items=items)
-    if missed:
-        chosen = []
-        for _, index, y, x in sorted(missed, reverse=True):
-            # One that is near stands in the same window.
-            if len(chosen) < 10 and all(index != i or max(abs(y - v), abs(x - u)) > 32 for i, v, u in chosen):
-                chosen.append((index, y, x))
-        items, middles = [index for index, *_ in chosen], [middle for _, *middle in chosen]
-        path = log.folder / "missed.png"
-        plot_predictions(model, images, model.mean.device, path=path, items=items, middles=middles)
+    draw_extremes(model, images, rows, missed, log.folder)
     return scores
+
+
+def draw_extremes(
+    model: FusionUNet, images: LEVIRCD, rows: list[dict], missed: list[tuple[float, int, int, int]], folder: Path
+) -> None:
+    """Draw worst.png and best.png, whole images; and missed.png, windows around objects.
+
+    Args:
+        model: whose predictions they are.
+        images: the split.
+        rows: of `score`, an image each, those with the most wrong pixels first.
+        missed: of each missed object how clearly it was, the index of its image, its middle's row and column.
+        folder: where to draw them.
+    """
+    half = -(-len(rows) // 2)
+    best = sorted(rows[half:], key=lambda row: row["labelled_pixels"] - row["wrong_pixels"], reverse=True)
+    chosen = []
+    for _, index, y, x in sorted(missed, reverse=True):
+        # One that is near stands in the same window.
+        if len(chosen) < 10 and all(index != i or max(abs(y - v), abs(x - u)) > 32 for i, v, u in chosen):
+            chosen.append((index, y, x))
+    sheets = {
+        "worst.png": ([row["index"] for row in rows[: min(10, half)]], None),
+        "best.png": ([row["index"] for row in best[:10]], None),
+        "missed.png": ([index for index, *_ in chosen], [middle for _, *middle in chosen]),
+    }
+    for name, (items, middles) in sheets.items():
+        if items:
+            plot_predictions(model, images, model.mean.device, path=folder / name, items=items, middles=middles)
 
 
 def load(config: SimpleNamespace, device: torch.device, split: str, crop_size: int | None) -> DataLoader:
