@@ -55,6 +55,13 @@ QUICK = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def unscored(tiny: Path) -> Path:
+    """Those pairs without a test split, whose scores and pictures would take a second."""
+    shutil.rmtree(tiny / "test")
+    return tiny
+
+
 def logged_run(folder: str) -> mlflow.entities.Run:
     """MLflow's record of the run that logged into `runs/folder` of this test."""
     record = json.loads(Path("runs", folder, "constants.json").read_text())
@@ -225,9 +232,9 @@ def test_failed_runs_are_told_so(tiny, monkeypatch):
     assert logged_run("run").info.status == "FAILED"
 
 
-def test_signals_end_it_without_a_traceback(tiny):
+def test_signals_end_it_without_a_traceback(unscored):
     codes = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-    constants = QUICK | {"EPOCHS": 1000, "DATA_DIR": tiny, "NUM_WORKERS": 1}
+    constants = QUICK | {"EPOCHS": 1000, "DATA_DIR": unscored, "NUM_WORKERS": 1}
     runs = {number: start_main(**constants | {"RUN_NAME": number.name}) for number in codes}
     for number, run in runs.items():
         while run.is_alive() and not Path("runs", number.name, "last.pt").exists():
@@ -300,17 +307,17 @@ def edited(tmp_path):
     return run
 
 
-def test_constants_edited_by_hand_without_data_or_its_programs(edited, tiny):
+def test_constants_edited_by_hand_without_data_or_its_programs(edited, unscored):
     """The copy has an empty data/, as if a disk were mounted there."""
     lines = {"EPOCHS": "EPOCHS = 1", "BACKBONE": 'BACKBONE = "resnet18"  # mine', "SEED": "SEED=3"}
-    constants = [f"DATA_DIR={tiny}", "WEIGHTS=None", "CROP_SIZE=32", "BATCH_SIZE=4", "RUN_NAME=run"]
+    constants = [f"DATA_DIR={unscored}", "WEIGHTS=None", "CROP_SIZE=32", "BATCH_SIZE=4", "RUN_NAME=run"]
     said, code = edited(*constants, **lines)
     assert code == 0 and "epoch 1/1" in said, said
-    record = json.loads((tiny.parent / "user's copy" / "runs" / "run" / "constants.json").read_text())["constants"]
+    record = json.loads((unscored.parent / "user's copy" / "runs" / "run" / "constants.json").read_text())["constants"]
     assert (record["EPOCHS"], record["BACKBONE"], record["SEED"]) == (1, "resnet18", 3)
-    command = [sys.executable, "visualize.py", "runs/run/best.pt", tiny / "val" / "A", tiny / "val" / "B"]
+    command = [sys.executable, "visualize.py", "runs/run/best.pt", unscored / "val" / "A", unscored / "val" / "B"]
     masks = subprocess.Popen(
-        [*command, "--device", "cpu"], cwd=tiny.parent / "user's copy", stdout=subprocess.PIPE, text=True
+        [*command, "--device", "cpu"], cwd=unscored.parent / "user's copy", stdout=subprocess.PIPE, text=True
     )
     said, code = edited()  # beside it
     assert "masks/pair_1.png: " in masks.communicate()[0] and masks.returncode == 0
@@ -419,10 +426,10 @@ def test_a_checkpoint_knows_the_data_it_was_trained_on(tiny, capsys):
         main.main(EVALUATE="runs/run/best.pt", DEVICE="cpu")
 
 
-def test_without_change_the_epoch_is_picked_by_its_loss(tiny, capsys):
-    for file in (tiny / "val" / "label").iterdir():
+def test_without_change_the_epoch_is_picked_by_its_loss(unscored, capsys):
+    for file in (unscored / "val" / "label").iterdir():
         Image.new("L", (64, 64)).save(file)
-    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 4, "LEARNING_RATE": 1e-4})
+    main.main(**QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 4, "LEARNING_RATE": 1e-4})
     assert "no mask of val holds any change, so the best epoch is picked by the loss" in capsys.readouterr().out
     with open("runs/run/metrics.csv") as file:
         losses = [float(row["val_loss"]) for row in csv.DictReader(file)]
@@ -435,32 +442,32 @@ def test_of_equal_ious_the_lower_loss_is_better():
     assert main.merit({"val_iou": 0.1, "val_loss": 9.0}, True) > main.merit(rows[1], True)
 
 
-def test_statistics_are_right_after_few_steps(tiny, capsys):
+def test_statistics_are_right_after_few_steps(unscored, capsys):
     """Of the two steps that an epoch has here, running averages would hold a fifth."""
-    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "BATCH_SIZE": 8, "AMP": False})
+    main.main(**QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 1, "BATCH_SIZE": 8, "AMP": False})
     assert "BATCH_SIZE=8 leaves 2 steps an epoch" in capsys.readouterr().out
     model = FusionUNet.load("runs/run/best.pt", "cpu")
     seen = []
     model.fuse2.mix[0].register_forward_hook(lambda _, __, output: seen.append(output.mean((0, 2, 3))))
     with torch.no_grad():
         for seed in range(8):
-            items = [LEVIRCD(tiny, "train", 32, augment=True)[index, seed] for index in range(16)]
+            items = [LEVIRCD(unscored, "train", 32, augment=True)[index, seed] for index in range(16)]
             image_a, image_b, _ = map(torch.stack, zip(*items, strict=True))
             model(image_a, image_b)
     expected, norm = torch.stack(seen).mean(0), model.fuse2.mix[1]
     assert (norm.running_mean - expected).abs().max() < 0.5 * expected.abs().max()
 
 
-def test_fine_tuning_starts_from_a_checkpoint(tiny):
-    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "RUN_NAME": "first"})
-    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 1, "WEIGHTS": "runs/first/best.pt", "LEARNING_RATE": 0.0})
+def test_fine_tuning_starts_from_a_checkpoint(unscored):
+    main.main(**QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 1, "RUN_NAME": "first"})
+    main.main(**QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 1, "WEIGHTS": "runs/first/best.pt", "LEARNING_RATE": 0.0})
     first, second = (torch.load(f"runs/{name}/best.pt", weights_only=True)["model"] for name in ("first", "run"))
     trained = [name for name in first if name.endswith(("conv.weight", ".0.weight", "head.bias"))]
     assert trained and all(torch.equal(first[name], second[name]) for name in trained)
     others = {"BACKBONE": "resnet50", "FREEZE_BACKBONE": False, "WEIGHTS": "runs/first/best.pt", "RUN_NAME": "x"}
     said = "best.pt: trained with BACKBONE=resnet18 FREEZE_BACKBONE=True; give that too"
     with pytest.raises(ModelError, match=said):
-        main.main(**QUICK | {"DATA_DIR": str(tiny)} | others)
+        main.main(**QUICK | {"DATA_DIR": str(unscored)} | others)
 
 
 def test_no_git_is_no_fault(monkeypatch):
@@ -469,9 +476,9 @@ def test_no_git_is_no_fault(monkeypatch):
     assert record["git"] == "unknown"
 
 
-def test_faults_of_the_machine_are_one_line(tiny):
+def test_faults_of_the_machine_are_one_line(unscored):
     """RANK alone is no torchrun; the others end with what to do."""
-    small = [f"DATA_DIR={tiny}", "BACKBONE=resnet18", "WEIGHTS=None", "CROP_SIZE=32", "EPOCHS=1", "CACHE_DIR=None"]
+    small = [f"DATA_DIR={unscored}", "BACKBONE=resnet18", "WEIGHTS=None", "CROP_SIZE=32", "EPOCHS=1", "CACHE_DIR=None"]
     cases = {
         ("BATCH_SIZE=1", "RUN_NAME=one"): (1, "error: BatchNorm has a single value a channel"),
         ("DEVICE=meta",): (1, "error: DEVICE=meta: "),
@@ -729,7 +736,7 @@ def test_the_loss_is_read_every_few_steps_alone(tiny, monkeypatch):
 # MLflow
 
 
-def test_a_server_that_comes_late_stalls_and_dies(server, tiny, monkeypatch, capsys):
+def test_a_server_that_comes_late_stalls_and_dies(server, unscored, monkeypatch, capsys):
     def come_back() -> None:
         server.signal(signal.SIGCONT)
         server.wait()
@@ -750,8 +757,7 @@ def test_a_server_that_comes_late_stalls_and_dies(server, tiny, monkeypatch, cap
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     server.signal(signal.SIGSTOP)
-    shutil.rmtree(tiny / "test")  # no scores are asked for
-    main.main(**QUICK | {"DATA_DIR": str(tiny), "EPOCHS": 4})
+    main.main(**QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 4})
     said = capsys.readouterr().out
     assert [said.count(f"MLflow {what}") for what in ("doesn't answer", "is back", "lacks a part")] == [2, 1, 1], said
 

@@ -300,7 +300,7 @@ def test_nothing_to_draw(model, length, samples):
 
 
 def test_a_picture_of_real_pairs_is_at_most_a_megabyte(model, real, tmp_path):
-    plot_predictions(model, LEVIRCD(real, "val", 256), device="cpu", path=tmp_path / "x.png")
+    plot_predictions(model, LEVIRCD(real, "val", 256, cache_dir=tmp_path), device="cpu", path=tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size < 1e6
 
 
