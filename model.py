@@ -643,7 +643,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     """
     try:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        of_process = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if found.type == "cuda" else found
+        by_torchrun = found.type == "cuda" and "LOCAL_RANK" in os.environ
+        of_process = f"cuda:{os.environ['LOCAL_RANK']}" if by_torchrun else found.type
         device = torch.device(of_process if name in (None, found.type) else name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index:
