@@ -95,13 +95,14 @@ RESUME: str | None = None  # folder of a run to go on with, such as runs/RUN; No
 RUN_NAME: str | None = None  # folder under runs/; None: date and time
 EVALUATE: str | None = None  # run, or checkpoint of one, to score instead of training, such as runs/RUN; None: train
 SPLIT: str = "test"  # what EVALUATE scores; a training run ends with the scores of test, where it is there
+TTA: bool = False  # True: what is scored is averaged over flips and quarter turns, in eight times the time
 
 # What each constant may be: its type, the least and the most of a number, and None where that means something.
 LARGEST = sys.maxsize
 ALLOWED = {
     (str,): "DATA_DIR FOLDERS BACKBONE FUSION SPLIT",
     (str, None): "CACHE_DIR WEIGHTS DEVICE RESUME RUN_NAME EVALUATE",
-    (bool,): "FREEZE_BACKBONE AMP COMPILE DETERMINISTIC",
+    (bool,): "FREEZE_BACKBONE AMP COMPILE DETERMINISTIC TTA",
     (int, 0, LARGEST): "SEED",
     (int, 0, LARGEST, None): "NUM_WORKERS",
     (int, 1, LARGEST): "BATCH_SIZE EPOCHS",
@@ -363,7 +364,7 @@ def evaluate(
         for batch in loader:
             image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
             with model.autocast():
-                logits = model(image_a, image_b)
+                logits = as_logits(model.probability(image_a, image_b, True)) if model.tta else model(image_a, image_b)
             loss = criterion(logits, label)
             metrics.update(logits, label)
             loss_sum += loss * len(label)
@@ -403,6 +404,7 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
         objects in whole images, at 0.5, `test_object_f1` and others.
     """
     split, rows, whole = loader.dataset.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
+    model.tta, averaged = config.TTA, ", averaged over flips and turns" * config.TTA
     _, crops = evaluate(model, loader, config, split)
     images, are_small, found, missed = pairs_of(config, split), True, np.zeros(3, int), []
     for index in progress(range(len(images)), desc=f"{split}, whole images", unit="pair"):
@@ -437,7 +439,8 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
     scores |= of_objects
     same = f"\nno image is larger than {PROTOCOL_CROP} pixels: crops and whole images are the same" * are_small
     say(
-        f"{config.DATA_DIR}, {split}, {len(rows)} images; {model.threshold:.4g} was the best threshold on validation\n"
+        f"{config.DATA_DIR}, {split}, {len(rows)} images{averaged}; "
+        f"{model.threshold:.4g} was the best threshold on validation\n"
         f"{as_table(table)}{same}\n"
         f"{found[1]:,} objects are labelled, {found[2]:,} predicted, {found[0]:,} match by an IoU of 0.5: "
         f"precision {of_objects['object_precision']:.4f}, recall {of_objects['object_recall']:.4f}, "
@@ -452,7 +455,7 @@ def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: S
         table = csv.DictWriter(file, [name for name in rows[0] if name != "index"], extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
-    title = f"{model.origin}: {split}, crops of {PROTOCOL_CROP}, AP {crops.average_precision():.3f}"
+    title = f"{model.origin}: {split}, crops of {PROTOCOL_CROP}{averaged}, AP {crops.average_precision():.3f}"
     plot_precision_recall(crops.curve(), points, title, log.folder / "precision_recall.png")
     draw_extremes(model, images, rows, missed, log.folder)
     return scores

@@ -136,8 +136,8 @@ class ChangeMetrics:
 
 
 def as_logits(probability: Tensor) -> Tensor:
-    """(1, K, H, W), as the metrics take it, of what `FusionUNet.predict` gives: (H, W), or (K, H, W) of several."""
-    probability = probability.reshape(1, -1, *probability.shape[-2:])
+    """(N, K, H, W), as the metrics take it, of such probabilities; of (K, H, W) or (H, W), N, or N and K, is 1."""
+    probability = probability[(None,) * (4 - probability.ndim)]
     unchanged = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-8)  # else several classes tie at infinity
     return (probability / unchanged).log()
 

@@ -181,6 +181,7 @@ class FusionUNet(nn.Module):
         self.freeze_backbone, self.backbone, self.fusion = freeze_backbone, backbone, fusion
         self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets both as in the checkpoint
         self.amp = True  # bfloat16, where the device computes in it by itself; False: float32
+        self.tta = False  # test-time augmentation, in `predict` and in scores
         self.origin = ""  # run and epoch, as pictures say them
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
@@ -280,7 +281,8 @@ class FusionUNet(nn.Module):
             image_a: the image before: a file, a uint8 array (H, W, 3), or a tensor (3, H, W), uint8 or float in 0..1.
             image_b: the image after, likewise.
             tile_size: largest side of a tile in pixels, a multiple of 32 of at least 512; one takes one pass.
-            tta: test-time augmentation, average over flips and quarter turns; takes eight times as long.
+            tta: test-time augmentation, average over flips and quarter turns; takes eight times as long. On as well
+                where the attribute `tta` is.
 
         Returns:
             float32 (H, W) in 0..1, on the CPU; with several classes of change (out_channels, H, W), of each.
@@ -294,7 +296,7 @@ class FusionUNet(nn.Module):
             raise DataError(f"a pair of two kinds or sizes, {' and '.join(kinds)}: give two images of one")
         if tile_size % STRIDES[-1] or tile_size < 2 * OVERLAP:
             raise DataError(f"tile_size={tile_size}: must be a multiple of {STRIDES[-1]}, {2 * OVERLAP} or more")
-        views = list(itertools.product(range(4), (False, True))) if tta else [(0, False)]
+        tta = tta or self.tta
         rows, columns = (_blending(length, tile_size) for length in image_a.shape[1:])
         was_training, device, tiles = self.training, self.mean.device, len(rows) * len(columns)
         probability = torch.zeros(self.head.out_channels, *image_a.shape[1:])
@@ -308,20 +310,22 @@ class FusionUNet(nn.Module):
                 for (y, weight_y), (x, weight_x) in itertools.product(rows, columns):
                     window = slice(None), slice(y, y + len(weight_y)), slice(x, x + len(weight_x))
                     tile = torch.stack([image_a[window], image_b[window]]).to(device)
-                    probability[window] += weight_y[:, None] * weight_x * self._predict_tile(tile, views).cpu()
+                    of_tile = self.probability(*tile[:, None], tta)[0].cpu()
+                    probability[window] += weight_y[:, None] * weight_x * of_tile
                     bar.update()
         finally:
             self.train(was_training)
         return probability.clamp_(max=1).squeeze(0)  # weights add up to 1 but for rounding
 
-    def _predict_tile(self, pair: Tensor, views: list[tuple[int, bool]]) -> Tensor:
-        """Probability (K, h, w) for (2, 3, h, w), averaged over views: quarter turns, and whether to mirror then."""
-        probability = torch.zeros(1, device=pair.device)
+    def probability(self, image_a: Tensor, image_b: Tensor, tta: bool) -> Tensor:
+        """Probability of each class of change, (N, out_channels, H, W), of a batch as in `forward`; `tta` as above."""
+        views = list(itertools.product(range(4), (False, True))) if tta else [(0, False)]
+        probability = torch.zeros(1, device=image_a.device)
         for turns, mirrored in views:
-            view = torch.rot90(pair, turns, (-2, -1))
-            logits = self(*(view.flip(-1) if mirrored else view)[:, None])[0]
+            view = torch.rot90(torch.stack([image_a, image_b]), turns, (-2, -1))
+            logits = self(*(view.flip(-1) if mirrored else view))
             logits = torch.rot90(logits.flip(-1) if mirrored else logits, -turns, (-2, -1))
-            probability = probability + F.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(0)[1:] / len(views)
+            probability = probability + F.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(1)[:, 1:] / len(views)
         return probability
 
     @classmethod

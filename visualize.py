@@ -155,8 +155,8 @@ def plot_predictions(
     axis.set_xticks(np.arange(len(columns)) + 0.5, columns, fontsize=FONT["axes.titlesize"])
     axis.set_yticks(np.arange(len(items)) + 0.5, names, rotation="vertical", verticalalignment="center", fontsize=8)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    title = ", ".join(filter(None, (model.origin, "changed: probability above 0.5")))
-    figure.suptitle(title, x=0.99, ha="right", size=10)
+    title = model.origin, "averaged over flips and turns" * model.tta, "changed: probability above 0.5"
+    figure.suptitle(", ".join(filter(None, title)), x=0.99, ha="right", size=10)
     _draw_keys(axis, columns, len(items), model.head.out_channels)
     return _saved(figure, path)
 
