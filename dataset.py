@@ -86,8 +86,9 @@ class LEVIRCD(Dataset):
                 f"{self.pairs.paths(other[0])[0]}: {size_text(sizes[other[0]])} pixels, but {self.pairs.paths(0)[0]} "
                 f"has {size_text(sizes[0])}: set a CROP_SIZE"
             )
-        self._steps = np.full_like(sizes, crop_size) if crop_size else sizes
-        self._tiles = sizes // self._steps if augment else -(-sizes // self._steps)  # rows, columns
+        sides = np.full_like(sizes, crop_size) if crop_size else sizes
+        self._tiles = sizes // sides if augment else -(-sizes // sides)  # rows, columns
+        self._steps = sizes // self._tiles if augment else sides
         self._ends = self._tiles.prod(1).cumsum()  # of each pair's items
 
     def __len__(self) -> int:
@@ -98,7 +99,10 @@ class LEVIRCD(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**31, ())))
         pair, rows, columns = self._tile(index)
         array = self.pairs.load(pair)
-        array = self._random_crop(array, np.random.default_rng(seed)) if self.augment else array[rows, columns]
+        if self.augment:
+            array = self._random_crop(array, (rows, columns), np.random.default_rng(seed))
+        else:
+            array = array[rows, columns]
         array = np.ascontiguousarray(array.transpose(2, 0, 1))  # (7, H, W): the one copy
         return torch.from_numpy(array).split([3, 3, 1])
 
@@ -137,18 +141,22 @@ class LEVIRCD(Dataset):
         y, x = row * step_y, column * step_x
         return pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))
 
-    def _random_crop(self, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A crop, turned, mirrored, its dates exchanged, each at random.
+    def _random_crop(self, array: np.ndarray, tile: tuple[slice, slice], rng: np.random.Generator) -> np.ndarray:
+        """A crop around a place in the tile, turned, mirrored, its dates exchanged, each at random.
 
-        The array is as in `Pairs.load`: read-only, and whatever moves its pixels moves all seven bands alike, the last
-        one, a mask, without blending its values. What changes colours comes later, in `color_jitter`.
+        At the image's border it is moved inwards: of crops that are anywhere in the image alike few hold its borders,
+        hardly one a corner. The array is as in `Pairs.load`: read-only, and whatever moves its pixels moves all seven
+        bands alike, the last one, a mask, without blending its values. What changes colours comes later, in
+        `color_jitter`.
         """
-        height, width = array.shape[:2]
-        size_y, size_x = self.crop_size or height, self.crop_size or width
-        y, x = rng.integers(height - size_y + 1), rng.integers(width - size_x + 1)
-        crop = array[y : y + size_y, x : x + size_x]
+        window = []
+        for side, length in zip(tile, array.shape[:2], strict=True):
+            size = self.crop_size or length
+            start = min(max(rng.integers(side.start, side.stop) - size // 2, 0), length - size)
+            window.append(slice(start, start + size))
+        crop = array[tuple(window)]
         # A quarter turn of an oblong whole image would not fit into a batch with the others.
-        crop = np.rot90(crop, rng.integers(4) if size_y == size_x else 2 * rng.integers(2))
+        crop = np.rot90(crop, rng.integers(4) if crop.shape[0] == crop.shape[1] else 2 * rng.integers(2))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         if rng.random() < self.swap_dates:

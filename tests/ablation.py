@@ -180,35 +180,29 @@ class PixelShuffle(model.Up):
 # Crops
 
 
-def changed_crops(self: dataset.LEVIRCD, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def changed_crops(self: dataset.LEVIRCD, array: np.ndarray, tile: tuple, rng: np.random.Generator) -> np.ndarray:
     """A crop without change is drawn again, up to three times."""
     for _ in range(4):
-        crop = RANDOM_CROP(self, array, rng)
+        crop = RANDOM_CROP(self, array, tile, rng)
         if crop[..., 6].any():
             break
     return crop
 
 
-def not_turned(self: dataset.LEVIRCD, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Neither turned nor mirrored."""
-    y, x = (rng.integers(length - self.crop_size + 1) for length in array.shape[:2])
-    return array[y : y + self.crop_size, x : x + self.crop_size]
-
-
-def scaled(self: dataset.LEVIRCD, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def scaled(self: dataset.LEVIRCD, array: np.ndarray, tile: tuple, rng: np.random.Generator) -> np.ndarray:
     """Crops of 1 / 1.5 to 1 / 0.75 times the side, brought to one size; the mask without blending."""
     size = self.crop_size
     self.crop_size = min(int(size / np.exp(rng.uniform(np.log(0.75), np.log(1.5)))), *array.shape[:2])
-    pixels = torch.from_numpy(RANDOM_CROP(self, array, rng).copy()).permute(2, 0, 1)[None].float()
+    pixels = torch.from_numpy(RANDOM_CROP(self, array, tile, rng).copy()).permute(2, 0, 1)[None].float()
     self.crop_size = size
     images = F.interpolate(pixels[:, :6], size=(size, size), mode="bilinear", antialias=True).round()
     mask = F.interpolate(pixels[:, 6:], size=(size, size))
     return torch.cat([images, mask], 1)[0].permute(1, 2, 0).byte().numpy()
 
 
-def shifted(self: dataset.LEVIRCD, array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def shifted(self: dataset.LEVIRCD, array: np.ndarray, tile: tuple, rng: np.random.Generator) -> np.ndarray:
     """The first date moved by up to 3 pixels either way."""
-    crop = RANDOM_CROP(self, array, rng).copy()
+    crop = RANDOM_CROP(self, array, tile, rng).copy()
     crop[..., :3] = moved(crop[..., :3], *rng.integers(-3, 4, size=2))
     return crop
 
@@ -429,7 +423,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "BATCH_SIZE=8": {"BATCH_SIZE": 8},
     "BATCH_SIZE=32": {"BATCH_SIZE": 32},
     "crops without change drawn again": {"dataset.LEVIRCD._random_crop": changed_crops},
-    "neither turned nor mirrored": {"dataset.LEVIRCD._random_crop": not_turned},
     "scaled by 0.75 to 1.5": {"dataset.LEVIRCD._random_crop": scaled},
     "one date shifted by up to 3 pixels": {"dataset.LEVIRCD._random_crop": shifted},
     "no colour jitter": {"BRIGHTNESS": 0.0, "CONTRAST": 0.0, "SATURATION": 0.0, "HUE": 0.0},

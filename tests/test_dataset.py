@@ -276,6 +276,21 @@ def test_crops_stay_together_and_take_every_turn(tmp_path):
     assert {y for y, _ in corners} == set(range(25)) and {x for _, x in corners} == set(range(35))
 
 
+def test_an_epoch_holds_borders_and_corners_too(tmp_path):
+    """Of the 64 rows a crop's middle may be in, 16 hold an inner pixel, 9 one of the border; there are four of them."""
+    write_pair(tmp_path / "train", "x", *located_pair(64, 64))
+    data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True)
+    held = np.zeros((64, 64))
+    for seed in range(200):
+        for index in range(len(data)):
+            y, x, _ = data[index, 1000 * seed + index][0].numpy().astype(int)
+            assert abs(y - index // 4 * 16 - 8).min() <= 8 and abs(x - index % 4 * 16 - 8).min() <= 8
+            held[y, x] += 1 / 200
+    assert held[16:48, 16:48].mean() == pytest.approx(1, abs=0.05)
+    assert held[[0, -1], 16:48].mean() == pytest.approx(9 / 16, abs=0.05)
+    assert held[[0, 0, -1, -1], [0, -1, 0, -1]].mean() == pytest.approx((9 / 16) ** 2, abs=0.05)
+
+
 def test_a_seed_gives_the_same_crop_again(tmp_path):
     write_pair(tmp_path / "train", "x", *random_pair(RNG, 64, 64))
     data = LEVIRCD(tmp_path, "train", crop_size=16, augment=True)
