@@ -38,8 +38,8 @@ class LEVIRCD(Dataset):
     An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, …, num_classes}
     or, where a pixel is void in an image or is to be ignored, 255.
     Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
-    bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop of the
-    same image, turned by a quarter and mirrored at random; its dates may be exchanged, too.
+    bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop around a place
+    in a tile, turned by a quarter and mirrored at random; its dates may be exchanged, too.
 
     Args:
         root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif,bmp}`, one stem for the three files of a pair; they

@@ -364,7 +364,10 @@ def evaluate(
         for batch in loader:
             image_a, image_b, label = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
             with model.autocast():
-                logits = as_logits(model.probability(image_a, image_b, True)) if model.tta else model(image_a, image_b)
+                if model.tta:
+                    logits = as_logits(model.probability(image_a, image_b, tta=True))
+                else:
+                    logits = model(image_a, image_b)
             loss = criterion(logits, label)
             metrics.update(logits, label)
             loss_sum += loss * len(label)

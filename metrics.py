@@ -139,7 +139,7 @@ def as_logits(probability: Tensor) -> Tensor:
     """(N, K, H, W), as the metrics take it, of such probabilities; of (K, H, W) or (H, W), N, or N and K, is 1."""
     probability = probability[(None,) * (4 - probability.ndim)]
     unchanged = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-8)  # else several classes tie at infinity
-    return (probability / unchanged).log()
+    return (probability / unchanged).clamp(min=1e-8).log()  # finite, so that the loss is
 
 
 def as_classes(logits: Tensor) -> Tensor:

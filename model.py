@@ -281,8 +281,8 @@ class FusionUNet(nn.Module):
             image_a: the image before: a file, a uint8 array (H, W, 3), or a tensor (3, H, W), uint8 or float in 0..1.
             image_b: the image after, likewise.
             tile_size: largest side of a tile in pixels, a multiple of 32 of at least 512; one takes one pass.
-            tta: test-time augmentation, average over flips and quarter turns; takes eight times as long. On as well
-                where the attribute `tta` is.
+            tta: test-time augmentation, average over flips and quarter turns; takes eight times as long. The attribute
+                `tta` sets it for all predictions.
 
         Returns:
             float32 (H, W) in 0..1, on the CPU; with several classes of change (out_channels, H, W), of each.
@@ -318,7 +318,7 @@ class FusionUNet(nn.Module):
         return probability.clamp_(max=1).squeeze(0)  # weights add up to 1 but for rounding
 
     def probability(self, image_a: Tensor, image_b: Tensor, tta: bool) -> Tensor:
-        """Probability of each class of change, (N, out_channels, H, W), of a batch as in `forward`; `tta` as above."""
+        """Probability of change, (N, out_channels, H, W), of a batch as in `forward`; `tta` as in `predict`."""
         views = list(itertools.product(range(4), (False, True))) if tta else [(0, False)]
         probability = torch.zeros(1, device=image_a.device)
         for turns, mirrored in views:
