@@ -74,6 +74,23 @@ class NoFrozenFeatures(model.Side):
         return super().forward(finer, frozen * 0)
 
 
+class Normalised(model.Side):
+    """The frozen features through a BatchNorm first."""
+
+    def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
+        super().__init__(finer_channels, frozen_channels, out_channels)
+        self.narrow = nn.Sequential(nn.BatchNorm2d(frozen_channels), self.narrow)
+        self.narrow[0].requires_grad_(False)
+
+
+def smaller(self: model.FusionUNet, images: Tensor) -> list[Tensor]:
+    """The frozen features times 0.06."""
+    return [0.06 * features for features in ENCODE(self, images)]
+
+
+ENCODE = model.FusionUNet.encode
+
+
 class NoTrainedEncoder(model.Side):
     """The frozen features alone, narrowed."""
 
@@ -399,6 +416,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     # encoder and decoder
     "no trained encoder beside the frozen one": {"model.Side": NoTrainedEncoder},
+    "frozen features normalised": {"model.Side": Normalised},
+    "frozen features times 0.06": {"model.FusionUNet.encode": smaller},
     "trained encoder normalised twice": {"model.Side": NormTwice},
     "trained encoder with second convolutions": {"model.Side": MixedSide},
     "a trained copy of the first stages": {
