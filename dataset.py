@@ -11,6 +11,7 @@ import signal
 import struct
 import sys
 import unicodedata
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
@@ -121,13 +122,17 @@ class LEVIRCD(Dataset):
         """Whether any pixel of any mask is labelled as changed."""
         return bool(self.pairs.facts[:, 2].any())
 
-    def batches(self, batch_size: int) -> list[list[int]]:
-        """All indices in lists of at most `batch_size` items of one height and width, for evaluation."""
+    def batches(self, pixels: int) -> list[list[int]]:
+        """All indices in lists of items of one size, each of at most so many pixels or of one item, for evaluation."""
         by_size: dict[tuple[int, int], list[int]] = {}
         for index in range(len(self)):
             _, rows, columns = self._tile(index)
             by_size.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append(index)
-        return [same[i : i + batch_size] for same in by_size.values() for i in range(0, len(same), batch_size)]
+        batches = []
+        for (height, width), same in by_size.items():
+            count = max(1, pixels // (height * width))
+            batches += [same[i : i + count] for i in range(0, len(same), count)]
+        return batches
 
     def _tile(self, index: int) -> tuple[int, slice, slice]:
         """Pair, rows and columns of an item."""
@@ -171,9 +176,14 @@ class RandomBatches(Sampler):
     """Full batches of indices in random order, each with the seed of its crop; all of it follows from torch's seed.
 
     A process `rank` of `world` gets a share of every batch, so that a step is the same however many there are.
+
+    Raises:
+        DataError: there are several processes, and no full batch to share.
     """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1):
+        if length < batch_size and world > 1:
+            raise DataError(f"{length} crops to train on are no batch of {batch_size} to share: lower BATCH_SIZE")
         self.length, self.batch_size, self.rank, self.world = length, batch_size, rank, world
 
     def __len__(self) -> int:
@@ -186,30 +196,16 @@ class RandomBatches(Sampler):
 
 
 def make_loader(
-    dataset: LEVIRCD, batch_size: int, num_workers: int | None, on_gpu: bool, rank: int = 0, world: int = 1
+    dataset: LEVIRCD, batches: Sampler | Sequence[list[int]], num_workers: int | None, on_gpu: bool
 ) -> DataLoader:
-    """Batches of random crops in random order, or of tiles, a size at a time.
+    """The batches of a data set.
 
     Args:
-        dataset: its crops, where it augments, and their order follow from torch's seed when a pass begins.
-        batch_size: items, of all processes together.
+        dataset: what is loaded from.
+        batches: the items of each batch: `RandomBatches` to train on, a share of `dataset.batches()` to evaluate.
         num_workers: processes that load; None: by the cores for a GPU, 0 otherwise.
         on_gpu: the batches go to a GPU.
-        rank: which of the processes that train together this is; it gets a share of each random batch, and of the
-            tiles' batches every `world`-th.
-        world: how many there are.
-
-    Raises:
-        DataError: there are several, and no full batch to share.
     """
-    if dataset.augment and len(dataset) < batch_size and world > 1:
-        raise DataError(
-            f"{dataset.folder}: {len(dataset)} crops are no batch of {batch_size} to share: lower BATCH_SIZE"
-        )
-    if dataset.augment:
-        batches = RandomBatches(len(dataset), batch_size, rank, world)
-    else:
-        batches = dataset.batches(batch_size)[rank::world]
     if num_workers is None:
         num_workers = max(1, min(8, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
     # With a generator of its own a loader draws nothing from torch's, whatever its workers.
@@ -842,7 +838,7 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     Raises:
         OSError: it can't be written; the message names the file.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs draw into images/
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")  # other machines may write here at once
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
         with open(part, mode, **text) as file:

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.distributed._functional_collectives import all_reduce  # which passes gradients
 
 IGNORED = 255  # of a label, as in dataset.py
 
@@ -46,7 +45,10 @@ class CombinedIoULoss(nn.Module):
         sums = torch.stack([cross_entropy, pixels, *(p * y).sum((0, 2, 3)), *(p + y.float()).sum((0, 2, 3))])
         # Under torchrun each process trains on a share of the batch, but is scored on batches of its own.
         if distributed.is_initialized() and logits.requires_grad:
-            sums = all_reduce(sums, "sum", distributed.group.WORLD)
+            total = sums.detach().clone()
+            distributed.all_reduce(total)
+            # The value is that of the whole batch. DistributedDataParallel averages gradients, which shall be summed.
+            sums = total + distributed.get_world_size() * (sums - sums.detach())
         intersection, both = sums[2:].view(2, -1)
         soft_iou = (intersection + 1) / (both - intersection + 1)
         return self.alpha * sums[0] / sums[1] + (1 - self.alpha) * (1 - soft_iou.mean())

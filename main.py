@@ -36,7 +36,6 @@ import torch
 import torch.distributed as dist
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from dataset import (
@@ -45,6 +44,7 @@ from dataset import (
     SUFFIXES,
     DataError,
     Objects,
+    RandomBatches,
     color_jitter,
     make_loader,
     progress,
@@ -53,7 +53,7 @@ from dataset import (
 )
 from losses import CombinedIoULoss
 from metrics import ChangeMetrics, ScoreLog, as_classes, as_logits, as_table, object_scores
-from model import FusionUNet, ModelError, explanation, has_bfloat16, make_optimizers, pick_device, read_checkpoint, save
+from model import FusionUNet, ModelError, explanation, fast_dtype, make_optimizers, pick_device, read_checkpoint, save
 from visualize import plot_curves, plot_precision_recall, plot_predictions
 
 # DATA
@@ -86,7 +86,7 @@ ALPHA: float = 0.5  # weight of cross-entropy in the loss, the rest is soft IoU;
 
 # RUNTIME
 DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
-AMP: bool = True  # bfloat16 autocast, where the device computes in it by itself; False: float32
+AMP: bool = True  # autocast to bfloat16, to float16 on GPUs that lack it, neither where both are slow; False: float32
 COMPILE: bool = False  # torch.compile for the training step: begins a minute or two later, and is slower on a CPU
 NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
 SEED: int = 0  # of the weights, the order, the crops and the colours
@@ -130,6 +130,7 @@ OF_EACH_RUN = ("DEVICE", "NUM_WORKERS", "RESUME", "RUN_NAME", "EVALUATE", "SPLIT
 PROTOCOL_CROP = 256  # pixels, a side of the tiles that the field's published scores are counted on
 READ_EVERY = 20  # steps, in which the host runs ahead of a GPU before it waits to read the loss
 SETTLED_AFTER = 200  # steps; until then BatchNorm's statistics are taken anew before each validation
+ENOUGH_PAIRS = 8  # for BatchNorm in a process of several; with fewer it takes all processes', and waits for these
 BATCH_NORMS = nn.BatchNorm2d | nn.SyncBatchNorm
 
 
@@ -151,10 +152,12 @@ def main(**overrides: object) -> dict[str, float]:
     with process_group(), contextlib.ExitStack() as one_at_a_time:
         one_at_a_time.enter_context(first_of_machine())
         config, began = configure(overrides)
+        if config.DETERMINISTIC:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(config.DETERMINISTIC)
+        torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # nearly all batches have one size
         device = pick_device(config.DEVICE)
         torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
-        torch.use_deterministic_algorithms(config.DETERMINISTIC)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         torch.manual_seed(config.SEED)
         if config.EVALUATE is not None:
@@ -169,20 +172,20 @@ def main(**overrides: object) -> dict[str, float]:
             )
             model.to(device, memory_format=torch.channels_last)
         model.amp = config.AMP
-        crop_sizes = {"train": config.CROP_SIZE, "val": PROTOCOL_CROP, "test": PROTOCOL_CROP}
-        if not (test := Path(config.DATA_DIR, "test")).is_dir():
-            del crop_sizes["test"]
-        elif not any(test.joinpath(config.FOLDERS.split()[2]).glob("*")):
-            say(f"{test}: no masks in it, so there is nothing to score")
-            del crop_sizes["test"]
-        loaders = {split: load(config, device, split, crop_size) for split, crop_size in crop_sizes.items()}
-        record = describe(config, began, device, loaders)
+        data = {"train": pairs_of(config, "train", config.CROP_SIZE, augment=True)}
+        data["val"] = pairs_of(config, "val", PROTOCOL_CROP)
+        if (test := Path(config.DATA_DIR, "test")).is_dir():
+            if any(test.joinpath(config.FOLDERS.split()[2]).glob("*")):
+                data["test"] = pairs_of(config, "test", PROTOCOL_CROP)
+            else:
+                say(f"{test}: no masks in it, so there is nothing to score")
+        record = describe(config, began, device, data)
         one_at_a_time.close()
         if rank() > 0:
-            return train(model, loaders, config, None, last)
+            return train(model, data, config, None, last)
         with run_folder(config, record) as folder, ScoreLog(folder, record, last["rows"] if last else ()) as log:
             try:
-                return train_and_score(model, loaders, config, log, last)
+                return train_and_score(model, data, config, log, last)
             except BaseException as error:
                 if not isinstance(error, FloatingPointError | torch.OutOfMemoryError):  # which would come again
                     say(f"the run can go on: python main.py RESUME={folder}")
@@ -190,30 +193,31 @@ def main(**overrides: object) -> dict[str, float]:
 
 
 def train_and_score(
-    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: ScoreLog, last: dict | None
+    model: FusionUNet, data: dict[str, LEVIRCD], config: SimpleNamespace, log: ScoreLog, last: dict | None
 ) -> dict[str, float]:
     """Train up to EPOCHS, then draw and score the best epoch's model; returns the scores."""
-    sizes = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items())
+    sizes = ", ".join(f"{len(items)} {split}" for split, items in data.items())
     several = f"{world()} × " if world() > 1 else ""
     say(f"{log.folder.resolve()}: {sizes} items of {config.DATA_DIR} on {several}{log.record['device']}")
     log.send()
-    warn(loaders, config)
-    if config.AMP and not has_bfloat16(model.mean.device):
-        say("AMP: this device doesn't compute in bfloat16 by itself, so it is float32")
+    warn(data, config)
+    if config.AMP and fast_dtype(model.mean.device) == torch.float32:
+        say("AMP: this device is no faster in bfloat16 or float16, so it is float32")
     if last and len(last["rows"]) >= config.EPOCHS:
         say(f"all {config.EPOCHS} epochs are done; raise EPOCHS to train on")
-    scores = train(model, loaders, config, log, last)
-    leave_group()
+    scores = train(model, data, config, log, last)
+    leave_group()  # from here on the first process works alone, on whole splits
     best = FusionUNet.load(log.folder / "best.pt", model.mean.device)
-    plot_curves(log.folder / "metrics.csv", log.folder / "curves.png")
+    best_epoch = 1 + best_index(log.rows, data["val"].has_change)
+    plot_curves(log.folder / "metrics.csv", best_epoch, log.folder / "curves.png")
     picture = log.folder / "validation_predictions.png"
-    plot_predictions(best, loaders["val"].dataset, best.mean.device, path=picture)
+    plot_predictions(best, data["val"], best.mean.device, path=picture)
     Path("images").mkdir(exist_ok=True)
     with written_whole(Path("images", picture.name), "wb") as file:
         file.write(picture.read_bytes())
     log.scores("val_best", {name.removeprefix("val_"): value for name, value in scores.items()})
-    if "test" in loaders:
-        scores |= score(best, loaders["test"], config, log)
+    if "test" in data:
+        scores |= score(best, data["test"], config, log)
     if not scores["val_iou"]:
         say("the best validation IoU is 0: more EPOCHS or pairs, or a smaller BATCH_SIZE, may help")
     of_splits = [f"{split} IoU {scores[f'{split}_iou']:.4f}, F1 {scores[f'{split}_dice']:.4f}"
@@ -228,7 +232,7 @@ def train_and_score(
 
 
 def train(
-    model: FusionUNet, loaders: dict[str, DataLoader], config: SimpleNamespace, log: ScoreLog | None, last: dict | None
+    model: FusionUNet, data: dict[str, LEVIRCD], config: SimpleNamespace, log: ScoreLog | None, last: dict | None
 ) -> dict[str, float]:
     """Train up to EPOCHS, from the checkpoint `last` on if there is one, and validate after each epoch.
 
@@ -238,22 +242,25 @@ def train(
     Raises:
         FloatingPointError: the loss isn't finite; what was saved last is kept.
     """
-    device, loader = model.mean.device, loaders["train"]
+    device = model.mean.device
+    loader, val_loader = (load(data[split], config, device) for split in ("train", "val"))
     jitter = functools.partial(
         color_jitter, brightness=config.BRIGHTNESS, contrast=config.CONTRAST, saturation=config.SATURATION,
         hue=config.HUE, rank=rank(), world=world(),
     )  # fmt: skip
-    parallel = wrapped(model, config.COMPILE)
+    parallel = wrapped(model, config.BATCH_SIZE // world(), config.COMPILE)
     optimizers = make_optimizers(model, config.LEARNING_RATE, config.WEIGHT_DECAY)
     rows = last["rows"] if last else []
     for optimizer, state in zip(optimizers, last["optimizers"] if last else (), strict=False):
         optimizer.load_state_dict(state)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.AMP and fast_dtype(device) == torch.float16)
+    if last and last.get("scaler"):
+        scaler.load_state_dict(last["scaler"])
     steps, warmup = config.EPOCHS * len(loader), config.WARMUP_EPOCHS * len(loader)
-    last_step = len(rows) * len(loader) - 1
-    schedulers = [LambdaLR(each, lambda step: warmup_cosine(step, warmup, steps), last_step) for each in optimizers]
+    steps_taken = last.get("steps_taken", len(rows) * len(loader)) if last else 0  # but for those skipped in float16
     criterion, metrics = make_criterion(config), ChangeMetrics(config.NUM_CLASSES)
-    anything_to_find = loaders["val"].dataset.has_change
-    best = max(rows, key=lambda row: merit(row, anything_to_find), default=None)
+    anything_to_find = data["val"].has_change
+    best = rows[best_index(rows, anything_to_find)] if rows else None
     began, drawing = time.perf_counter(), 0.0  # seconds
 
     for epoch in range(len(rows) + 1, config.EPOCHS + 1):
@@ -271,21 +278,32 @@ def train(
                     logits = parallel(image_a, image_b)
                 loss = criterion(logits, label)
                 model.zero_grad()
-                loss.backward()
-                if config.CLIP_NORM:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.CLIP_NORM)
-                learning_rate = schedulers[0].get_last_lr()[0]
-                peak = max(peak, learning_rate)
-                for each in (*optimizers, *schedulers):
-                    each.step()
-                metrics.update(logits, label)
-                loss_sum += loss.detach() * len(label)
-                pairs += len(label)
+                scaler.scale(loss).backward()
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), config.CLIP_NORM or math.inf)
+                overflowed = scaler.is_enabled() and not norm.isfinite()  # in float16 the host waits here
+                factor = warmup_cosine(steps_taken, warmup, steps)
+                learning_rate, peak = factor * config.LEARNING_RATE, max(peak, factor * config.LEARNING_RATE)
+                if not overflowed:
+                    for optimizer in optimizers:
+                        for group in optimizer.param_groups:
+                            group["lr"] = factor * group["initial_lr"]
+                        scaler.step(optimizer)
+                    steps_taken += 1
+                    metrics.update(logits, label)
+                    loss_sum += loss.detach() * len(label)
+                    pairs += len(label)
+                if scaler.is_enabled():
+                    scaler.update()  # halves the scale after an overflow
+                    if scaler.get_scale() < 1:
+                        raise FloatingPointError(f"epoch {epoch}, step {step}: float16 overflows; set AMP=False")
                 bar.update(world() * len(label))
                 if step % READ_EVERY == 0 or step == len(loader):
-                    so_far = loss_sum.item(), pairs  # here the host waits for the device, and nowhere else
-                    mean_loss = so_far[0] / pairs
-                    if log is not None:
+                    # Here the host waits for the device, and, but in float16, nowhere else in a step.
+                    so_far = loss_sum.item(), pairs
+                    mean_loss = so_far[0] / max(1, pairs)
+                    if log is not None and pairs > read[1]:
                         loss_since = (so_far[0] - read[0]) / (pairs - read[1])
                         log.step((epoch - 1) * len(loader) + step, loss=loss_since, learning_rate=learning_rate)
                     read = so_far
@@ -294,12 +312,14 @@ def train(
                         where = f"epoch {epoch}, steps {1 + (step - 1) // READ_EVERY * READ_EVERY} to {step}"
                         hint = "lower LEARNING_RATE, or set AMP=False"
                         raise FloatingPointError(f"{where}: the loss is {mean_loss}; {hint}")
+        if not pairs:
+            raise FloatingPointError(f"epoch {epoch}: float16 overflowed in each of its steps; set AMP=False")
         row = {"loss": mean_loss, **metrics.compute()}
         row = prefixed("train", row | {"pairs_per_second": world() * pairs / (time.perf_counter() - start)})
 
         if epoch * len(loader) <= SETTLED_AFTER:
             settle(model, loader, jitter)
-        val, counts = evaluate(model, loaders["val"], config, "validation")
+        val, counts = evaluate(model, val_loader, config, "validation")
         model.threshold = counts.best_threshold()
         row |= prefixed("val", val)
         row |= {  # one more number an epoch: here
@@ -308,7 +328,7 @@ def train(
         }  # fmt: skip
         if device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        is_best = best is None or merit(row, anything_to_find) > merit(best, anything_to_find)
+        is_best = best is None or best_index([best, row], anything_to_find) == 1
         best = row if is_best else best
         if log is None:
             continue
@@ -316,12 +336,13 @@ def train(
         # Of about ten epochs, and in a tenth of the time at most.
         if (epoch == 1 or epoch % math.ceil(config.EPOCHS / 9) == 0) and drawing <= (start - began) / 10:
             model.origin = f"{log.folder.name}, epoch {epoch}"
-            plot_predictions(model, loaders["val"].dataset, device, num_samples=2, path=picture)
+            plot_predictions(model, data["val"], device, num_samples=2, path=picture)
             drawing += time.perf_counter() - start
         log.epoch(row, picture if picture.exists() else None)
         if is_best:
             save(model.checkpoint() | {"epoch": epoch, "scores": val}, log.folder / "best.pt")
         states = {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "rows": log.rows}
+        states |= {"scaler": scaler.state_dict(), "steps_taken": steps_taken}
         save(model.checkpoint(whole=False) | {"epoch": epoch} | states, log.folder / "last.pt")
         log.send()
         if epoch >= 5 and epoch % 5 == 0 and anything_to_find and not any(each["val_iou"] for each in log.rows[-5:]):
@@ -392,23 +413,26 @@ def evaluate_checkpoint(config: SimpleNamespace, began: dict, device: torch.devi
     model.amp = config.AMP
     if (classes := model.head.out_channels) != config.NUM_CLASSES:
         raise OptionError(f"NUM_CLASSES={config.NUM_CLASSES}: give {classes}, as {config.EVALUATE} has")
-    loader = load(config, device, config.SPLIT, PROTOCOL_CROP)
-    record = describe(config, began, device, {config.SPLIT: loader})
+    data = pairs_of(config, config.SPLIT, PROTOCOL_CROP)
+    record = describe(config, began, device, {config.SPLIT: data})
     with run_folder(config, record) as folder, ScoreLog(folder, record) as log:
-        return score(model, loader, config, log)
+        return score(model, data, config, log)
 
 
-def score(model: FusionUNet, loader: DataLoader, config: SimpleNamespace, log: ScoreLog) -> dict[str, float]:
+def score(model: FusionUNet, data: LEVIRCD, config: SimpleNamespace, log: ScoreLog) -> dict[str, float]:
     """Score a split in crops of 256 pixels, as the field does, and in whole images, as users see them.
+
+    One process does it, once it has left the group: a loader that is made here is of the whole split.
 
     Returns:
         The split's scores in crops at 0.5 (`test_iou`) and at the checkpoint's threshold (`test_tuned_iou`), of whole
         images (`test_whole_iou`, `test_whole_tuned_iou`), `test_average_precision` and `test_threshold`; of the
         objects in whole images, at 0.5, `test_object_f1` and others.
     """
-    split, rows, whole = loader.dataset.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
+    split, rows, whole = data.folder.name, [], ChangeMetrics(config.NUM_CLASSES)
     model.tta, averaged = config.TTA, ", averaged over flips and turns" * config.TTA
-    _, crops = evaluate(model, loader, config, split)
+    _, crops = evaluate(model, load(data, config, model.mean.device), config, split)
+    torch.backends.cudnn.benchmark = False  # whole images may have many sizes
     images, are_small, found, missed = pairs_of(config, split), True, np.zeros(3, int), []
     for index in progress(range(len(images)), desc=f"{split}, whole images", unit="pair"):
         image_a, image_b, label = images[index]
@@ -493,10 +517,14 @@ def draw_extremes(
             plot_predictions(model, images, model.mean.device, path=folder / name, items=items, middles=middles)
 
 
-def load(config: SimpleNamespace, device: torch.device, split: str, crop_size: int | None) -> DataLoader:
-    """A split's loader, of this process's share; of train, where it trains, of random crops."""
-    data = pairs_of(config, split, crop_size, augment=split == "train" and config.EVALUATE is None)
-    return make_loader(data, config.BATCH_SIZE, config.NUM_WORKERS, device.type == "cuda", rank(), world())
+def load(data: LEVIRCD, config: SimpleNamespace, device: torch.device) -> DataLoader:
+    """This process's share of a data set: of each batch to train on, of the batches to evaluate."""
+    if data.augment:
+        batches = RandomBatches(len(data), config.BATCH_SIZE, rank(), world())
+    else:  # of at most as many pixels as it trains on in a step, for which it has memory
+        pixels = config.BATCH_SIZE // world() * (config.CROP_SIZE or PROTOCOL_CROP) ** 2
+        batches = data.batches(pixels)[rank() :: world()]
+    return make_loader(data, batches, config.NUM_WORKERS, device.type == "cuda")
 
 
 def pairs_of(config: SimpleNamespace, split: str, crop_size: int | None = None, augment: bool = False) -> LEVIRCD:
@@ -505,9 +533,13 @@ def pairs_of(config: SimpleNamespace, split: str, crop_size: int | None = None, 
     return LEVIRCD(config.DATA_DIR, split, crop_size, augment, *how)
 
 
-def merit(row: dict[str, float], anything_to_find: bool) -> tuple[float, float]:
-    """By what the best epoch is picked: IoU, of equals the loss; the loss alone where no mask holds change."""
-    return (row["val_iou"] if anything_to_find else 0.0), -row["val_loss"]
+def best_index(rows: Sequence[dict[str, float]], anything_to_find: bool) -> int:
+    """The best of some epochs: highest validation IoU, ties broken by lower loss; loss alone where no mask has change.
+
+    Of equals in both it is the first.
+    """
+    merits = [(row["val_iou"] if anything_to_find else 0.0, -row["val_loss"]) for row in rows]
+    return merits.index(max(merits))
 
 
 @torch.no_grad()
@@ -520,11 +552,10 @@ def settle(model: FusionUNet, loader: DataLoader, jitter: Callable[[Tensor], Ten
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module.weight.requires_grad]
     momenta = [norm.momentum for norm in norms]
     model.train()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all steps
     device = model.mean.device
-    for batch in itertools.islice(loader, 20):
+    for step, batch in enumerate(itertools.islice(loader, 20), 1):
+        for norm in norms:
+            norm.momentum = 1 / step  # the mean of all steps; None does the same, but reads a counter in each layer
         images = jitter(torch.cat([image.to(device) for image in batch[:2]]))
         with model.autocast():
             model(*images.chunk(2))
@@ -532,11 +563,11 @@ def settle(model: FusionUNet, loader: DataLoader, jitter: Callable[[Tensor], Ten
         norm.momentum = momentum
 
 
-def warn(loaders: dict[str, DataLoader], config: SimpleNamespace) -> None:
+def warn(data: dict[str, LEVIRCD], config: SimpleNamespace) -> None:
     """Say what will hold a training back."""
-    steps = len(loaders["train"])
+    steps = max(1, len(data["train"]) // config.BATCH_SIZE)
     for split in ("train", "val"):
-        if not loaders[split].dataset.has_change:
+        if not data[split].has_change:
             so = "there is nothing to learn from" if split == "train" else "the best epoch is picked by the loss"
             say(f"{config.DATA_DIR}: no mask of {split} holds any change, so {so}")
     if steps < 10:
@@ -722,7 +753,7 @@ def run_folder(config: SimpleNamespace, record: dict) -> Iterator[Path]:
         yield folder
 
 
-def describe(config: SimpleNamespace, began: dict, device: torch.device, loaders: dict[str, DataLoader]) -> dict:
+def describe(config: SimpleNamespace, began: dict, device: torch.device, data: dict[str, LEVIRCD]) -> dict:
     """What is recorded of a run; DataError where the data are not those that it began with."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = ""
@@ -733,7 +764,7 @@ def describe(config: SimpleNamespace, began: dict, device: torch.device, loaders
         "constants": vars(config) | {"RESUME": None},
         "demo": began["demo"],
         "id": began.get("id", uuid.uuid4().hex),
-        "data": {split: loader.dataset.fingerprint() for split, loader in loaders.items()},
+        "data": {split: items.fingerprint() for split, items in data.items()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "git": commit or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
@@ -772,7 +803,7 @@ def process_group() -> Iterator[None]:
     """The block in one group with the other processes, if there are some."""
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # a large data set takes hours to decode
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     yield
     leave_group()  # not after an error: to leave, others may be waited for, that wait for this one
 
@@ -797,20 +828,24 @@ def world() -> int:
 def first_of_machine() -> Iterator[None]:
     """The block in the first process of each machine, then in the others: it fetches, decodes and complains for all."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if world() > 1 and not is_first:
-        dist.all_reduce(torch.zeros(1))
+    # A large data set takes hours to decode; whatever else is waited for, minutes.
+    patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1)) if world() > 1 else None
+    if patient and not is_first:
+        dist.barrier(patient)
     yield
-    if world() > 1 and is_first:
-        dist.all_reduce(torch.zeros(1))
+    if patient and is_first:
+        dist.barrier(patient)
 
 
-def wrapped(model: FusionUNet, compiled: bool) -> nn.Module:
-    """The model to train with: its gradients and, on GPUs, BatchNorm's statistics are of all processes' pairs."""
+def wrapped(model: FusionUNet, pairs: int, compiled: bool) -> nn.Module:
+    """The model to train with, whose gradients are of all processes' pairs, of which this one has so many."""
     parallel = model
     if dist.is_initialized():
-        if model.mean.is_cuda:
+        if model.mean.is_cuda and pairs < ENOUGH_PAIRS:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; there is none for the CPU
         parallel = nn.parallel.DistributedDataParallel(model)
+        # `evaluate` sends the first process's statistics to the others; only there are they used.
+        parallel.broadcast_buffers = False  # torch 2.14 renamed the argument, not the attribute
     return torch.compile(parallel) if compiled else parallel
 
 

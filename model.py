@@ -180,7 +180,7 @@ class FusionUNet(nn.Module):
             raise ModelError(f"FUSION={fusion}: unknown; there are {', '.join(FUSIONS)}")
         self.freeze_backbone, self.backbone, self.fusion = freeze_backbone, backbone, fusion
         self.threshold = 0.5  # probability above which a pixel counts as changed; `load` sets both as in the checkpoint
-        self.amp = True  # bfloat16, where the device computes in it by itself; False: float32
+        self.amp = True  # autocast to `fast_dtype`; False: float32
         self.tta = False  # test-time augmentation, in `predict` and in scores
         self.origin = ""  # run and epoch, as pictures say them
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # of ImageNet, for 0..1
@@ -267,9 +267,9 @@ class FusionUNet(nn.Module):
         return self
 
     def autocast(self) -> torch.autocast:
-        """What `forward` is called in: bfloat16, where `amp` is on and the device computes in it by itself."""
-        device = self.mean.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.amp and has_bfloat16(device))
+        """What `forward` is called in: `fast_dtype`, where `amp` is on."""
+        dtype = fast_dtype(self.mean.device) if self.amp else torch.float32
+        return torch.autocast(self.mean.device.type, dtype, enabled=dtype != torch.float32)
 
     def predict(self, image_a: ImageLike, image_b: ImageLike, tile_size: int = 1152, tta: bool = False) -> Tensor:
         """Probability of change for one pair of any size, on the model's device, without gradients.
@@ -630,10 +630,10 @@ def make_optimizers(model: nn.Module, learning_rate: float, weight_decay: float)
     rest = [value for name, value in decoder.items() if value.ndim != 4 or name.startswith("head")]
     groups = [{"params": rest}] + [{"params": backbone, "lr": BACKBONE_RATE * learning_rate}] * bool(backbone)
     options = {"lr": learning_rate, "weight_decay": weight_decay}
-    return [
-        KernelMuon(kernels, **options),
-        torch.optim.AdamW(groups, fused=True, **options),
-    ]
+    optimizers = [KernelMuon(kernels, **options), torch.optim.AdamW(groups, fused=True, **options)]
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["initial_lr"] = group["lr"]  # which a schedule multiplies
+    return optimizers
 
 
 # The machine
@@ -648,7 +648,9 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     try:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         by_torchrun = found.type == "cuda" and "LOCAL_RANK" in os.environ
-        of_process = f"cuda:{os.environ['LOCAL_RANK']}" if by_torchrun else found.type
+        # A process may see one GPU alone, as Slurm or CUDA_VISIBLE_DEVICES have it.
+        index = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count() if by_torchrun else None
+        of_process = f"cuda:{index}" if by_torchrun else found.type
         device = torch.device(of_process if name in (None, found.type) else name)
         torch.zeros(1, device=device).item()
         if device.type == "cuda" and device.index:
@@ -668,11 +670,14 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 by itself; where it is emulated it is slower than float32."""
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for autocast: bfloat16 where the device has it, else float16 on a GPU from Volta on, else float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else torch.float32
+    has_bfloat16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if device.type == "cpu" and has_bfloat16 else torch.float32
 
 
 def explanation(error: Exception, memory: str) -> str | None:

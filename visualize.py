@@ -280,14 +280,13 @@ def _window_of_most(weight: np.ndarray) -> tuple[int, int]:
 
 
 @plt.rc_context(FONT)
-def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None = None) -> Figure:
-    """Draw loss, IoU and learning rate over the epochs of a run's `metrics.csv`; the figure is closed for pyplot."""
+def plot_curves(metrics_csv: str | os.PathLike, best_epoch: int, path: str | os.PathLike | None = None) -> Figure:
+    """Draw loss, IoU and learning rate over the epochs (1 …) of a run's `metrics.csv`; closed for pyplot."""
     with open(metrics_csv, newline="") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     plt.close(figure)
     epochs = [int(row["epoch"]) for row in rows]
-    best = max(rows, key=lambda row: (float(row["val_iou"]), -float(row["val_loss"])))
     panels = {
         "loss": ("train_loss", "val_loss"), "IoU": ("train_iou", "val_iou"),
         "learning rate": ("learning_rate", "peak_learning_rate"),
@@ -298,12 +297,12 @@ def plot_curves(metrics_csv: str | os.PathLike, path: str | os.PathLike | None =
             label = {"learning_rate": "at the epoch's end", "peak_learning_rate": "highest in it"}.get(column)
             axis.plot(epochs, [float(row[column]) for row in rows], "o-", color=colour, markersize=4,
                       label=label or column.split("_")[0])  # fmt: skip
-        axis.axvline(int(best["epoch"]), color="0.5", linestyle=":", label=f"best epoch, {best['epoch']}")
+        axis.axvline(best_epoch, color="0.5", linestyle=":", label=f"best epoch, {best_epoch}")
         axis.set(title=title, xlabel="epoch", ylim=(0, 1.08 * axis.dataLim.y1 or 1), xlim=(0.5, len(rows) + 0.5))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
-    axes[1].set_title(f"IoU, best {float(best['val_iou']):.4f}")
+    axes[1].set_title(f"IoU, best {float(rows[best_epoch - 1]['val_iou']):.4f}")
     return _saved(figure, path)
 
 

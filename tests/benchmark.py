@@ -40,10 +40,10 @@ if importlib.util.find_spec("mlflow") is None:  # speed can be measured without,
     names = ("mlflow", "mlflow.entities", "mlflow.tracking.context.registry", "scipy", "scipy.ndimage")
     sys.modules |= {name: MagicMock() for name in names}
 import main
-from dataset import LEVIRCD, color_jitter, find_pairs, make_loader
+from dataset import LEVIRCD, RandomBatches, color_jitter, find_pairs, make_loader
 from losses import CombinedIoULoss
 from metrics import ChangeMetrics
-from model import FusionUNet, has_bfloat16, make_optimizers, pick_device, save
+from model import FusionUNet, fast_dtype, make_optimizers, pick_device, save
 from visualize import plot_predictions
 
 ROOT = Path(__file__).parent.parent
@@ -172,9 +172,8 @@ class Trainer:
         self.trained = torch.compile(self.model) if compiled else self.model
         self.model.amp = amp
         self.autocast = self.model.autocast()
-        self.precision = "bfloat16" if amp and has_bfloat16(device) else "float32"
+        self.precision = str(fast_dtype(device) if amp else torch.float32).removeprefix("torch.")
         self.optimizers = make_optimizers(self.model, main.LEARNING_RATE, main.WEIGHT_DECAY)
-        self.schedulers = [torch.optim.lr_scheduler.ConstantLR(optimizer) for optimizer in self.optimizers]
         self.criterion, self.metrics = CombinedIoULoss(), ChangeMetrics()
 
     def forward(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> Tensor:
@@ -190,8 +189,6 @@ class Trainer:
         self.model.zero_grad()
         loss.backward()
         self.update()
-        for scheduler in self.schedulers:
-            scheduler.step()
 
     def clip(self) -> None:
         """Shorten the gradient."""
@@ -259,11 +256,10 @@ def limits(table: Table, size: int) -> float:
     """The machine's two limits; returns the matrix rate, FLOP a second, in the precision of training."""
     heading("the machine's limits")
     a, rates = torch.randn(size, size, device=table.device), []
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype == torch.float32 or has_bfloat16(table.device):
-            b = a.to(dtype)
-            seconds = table.seconds(f"{size} × {size} matrix product, {str(dtype)[6:]}", lambda b=b: b @ b)
-            rates.append(table.add("its rate", 2 * size**3 / seconds / 1e12, "TFLOP/s"))
+    for dtype in dict.fromkeys((torch.float32, fast_dtype(table.device))):
+        b = a.to(dtype)
+        seconds = table.seconds(f"{size} × {size} matrix product, {str(dtype)[6:]}", lambda b=b: b @ b)
+        rates.append(table.add("its rate", 2 * size**3 / seconds / 1e12, "TFLOP/s"))
     source = torch.empty(2**28 if table.device.type == "cuda" else 2**26, device=table.device).zero_()
     target = torch.empty_like(source)
     seconds = table.seconds(f"copying {source.nbytes / 2**30:.2f} GiB", lambda: target.copy_(source))
@@ -302,7 +298,7 @@ def loading(table: Table, folder: Path, pairs: int) -> None:
     for kind, cache in (("decoding each time", None), ("from the cache", folder / "cache")):
         data = LEVIRCD(folder, "train", 256, augment=True, cache_dir=cache)
         for workers in [0] + [2**power for power in range(6) if 2**power <= os.cpu_count()]:
-            loader = make_loader(data, pairs, workers, table.device.type == "cuda")
+            loader = make_loader(data, RandomBatches(len(data), pairs), workers, table.device.type == "cuda")
             start, end, items = None, 0.0, 0
             while start is None or end - start < 3:
                 for *_, label in loader:
@@ -316,16 +312,16 @@ def loading(table: Table, folder: Path, pairs: int) -> None:
 def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
     """The real loop, and what it loses against the bare step."""
     data = LEVIRCD(folder, "train", 256, augment=True, cache_dir=folder / "cache")
-    loader = Waited(make_loader(data, pairs, None, table.device.type == "cuda"))
+    loader = Waited(make_loader(data, RandomBatches(len(data), pairs), None, table.device.type == "cuda"))
     heading(f"the real loop, {loader.loader.num_workers or 'no'} workers")
     constants = {name: getattr(main, name) for name in main.ALLOWED} | {"EPOCHS": 1}
     shares, rates = [], []
     for _ in range(2):
         loader.seconds, start = 0.0, time.perf_counter()
         # Once the steps are done, with no statistics of BatchNorm taken anew, it is over.
-        over = patch.multiple(main, SETTLED_AFTER=0, evaluate=lambda *_: 1 / 0)
+        over = patch.multiple(main, SETTLED_AFTER=0, evaluate=lambda *_: 1 / 0, load=lambda *_: loader)
         with over, contextlib.suppress(ZeroDivisionError):
-            main.train(trainer.model, {"train": loader, "val": loader}, SimpleNamespace(**constants), None, None)
+            main.train(trainer.model, {"train": data, "val": data}, SimpleNamespace(**constants), None, None)
         seconds = time.perf_counter() - start
         rates.append(len(loader) * pairs / seconds)
         shares.append(100 * loader.seconds / seconds)
@@ -338,7 +334,7 @@ def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
 
 def inference(table: Table, model: FusionUNet, large: tuple[int, int]) -> None:
     """Whole images, as `predict` takes them."""
-    heading(f"prediction, {'bfloat16' if has_bfloat16(table.device) else 'float32'}")
+    heading(f"prediction, {str(fast_dtype(table.device))[6:]}")
     image_a, image_b, _ = noise(1, 1024, table.device)
 
     def encode() -> None:

@@ -220,7 +220,8 @@ def test_workers_are_as_many_as_the_cores_that_may_be_used(tmp_path):
     os.sched_setaffinity(0, {min(held)})
     try:
         assert dataset.usable_cores() == 1
-        assert dataset.make_loader(LEVIRCD(tmp_path, "val"), 1, None, on_gpu=True).num_workers == 1
+        data = LEVIRCD(tmp_path, "val")
+        assert dataset.make_loader(data, data.batches(1), None, on_gpu=True).num_workers == 1
     finally:
         os.sched_setaffinity(0, held)
 
@@ -301,9 +302,11 @@ def test_a_seed_gives_the_same_crop_again(tmp_path):
 def test_batches_hold_one_size_and_every_item(tmp_path):
     write_pair(tmp_path / "val", "x", *random_pair(RNG, 40, 50))
     data = LEVIRCD(tmp_path, "val", crop_size=16)
-    batches = data.batches(2)
+    batches = data.batches(2 * 16 * 16)
     assert sorted(index for batch in batches for index in batch) == list(range(len(data)))
-    assert all(len({data[index][2].shape for index in batch}) == 1 and len(batch) <= 2 for batch in batches)
+    assert all(len({data[index][2].shape for index in batch}) == 1 for batch in batches)
+    sizes = [sum(data[index][2].numel() for index in batch) for batch in batches]
+    assert max(sizes) == 2 * 16 * 16 and [len(batch) for batch in data.batches(1)] == [1] * len(data)
 
 
 # The cache

@@ -441,8 +441,8 @@ def test_without_change_the_epoch_is_picked_by_its_loss(unscored, capsys):
 
 def test_of_equal_ious_the_lower_loss_is_better():
     rows = [{"val_iou": 0.0, "val_loss": loss} for loss in (0.9, 0.7, 0.8)]
-    assert max(rows, key=lambda row: main.merit(row, True)) == rows[1]
-    assert main.merit({"val_iou": 0.1, "val_loss": 9.0}, True) > main.merit(rows[1], True)
+    assert main.best_index(rows, True) == 1
+    assert main.best_index([*rows, {"val_iou": 0.1, "val_loss": 9.0}], True) == len(rows)
 
 
 def test_statistics_are_right_after_few_steps(unscored, capsys):
@@ -607,7 +607,8 @@ def work(folder: Path, environment: dict[str, str]) -> None:
         found["colours"] = color_jitter(images[rank::world], 0.5, 0.5, 0.5, 0.5, rank, world)
         # The counts of a validation pass, whose batches can't be shared evenly.
         model = FusionUNet.load(folder / "model.pt", "cpu")
-        loader = make_loader(LEVIRCD(folder, "val", 32), 2, 0, on_gpu=False, rank=rank, world=world)
+        data = LEVIRCD(folder, "val", 32)
+        loader = make_loader(data, data.batches(2 * 32 * 32)[rank::world], 0, on_gpu=False)
         config = SimpleNamespace(ALPHA=0.5, NUM_CLASSES=1, AMP=False)
         scores, counts = main.evaluate(model, loader, config, "val")
         # A step's gradients, but for BatchNorm, which keeps its statistics.
@@ -615,7 +616,7 @@ def work(folder: Path, environment: dict[str, str]) -> None:
             module.train(not isinstance(module, main.BATCH_NORMS) and module.training)
         pair = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(2))[:, rank::world]
         label = (torch.rand(6, 1, 32, 32, generator=torch.Generator().manual_seed(3)) < 0.3)[rank::world]
-        parallel = main.wrapped(model, False)  # must live until the gradients have come
+        parallel = main.wrapped(model, 2, False)  # must live until the gradients have come
         CombinedIoULoss(0.5)(parallel(*pair), label).backward()
         found["step"] = torch.cat([value.grad.flatten() for value in model.parameters() if value.requires_grad])
         found |= {"counts": torch.from_numpy(counts._passed()), "score": torch.tensor(scores["loss"])}
@@ -623,8 +624,8 @@ def work(folder: Path, environment: dict[str, str]) -> None:
 
 
 def test_processes_without_a_full_batch_to_share(tiny):
-    with pytest.raises(DataError, match="16 crops are no batch of 17 to share: lower BATCH_SIZE"):
-        make_loader(LEVIRCD(tiny, "train", 32, augment=True), 17, 0, False, rank=1, world=2)
+    with pytest.raises(DataError, match="16 crops to train on are no batch of 17 to share: lower BATCH_SIZE"):
+        RandomBatches(len(LEVIRCD(tiny, "train", 32, augment=True)), 17, rank=1, world=2)
 
 
 def test_processes_share_batches_and_sum_what_they_count(tmp_path):
@@ -678,6 +679,99 @@ def test_two_processes_go_on_as_one(one_epoch, tmp_path, monkeypatch):
     assert losses["one"] == pytest.approx(losses["two"], abs=0.1)
 
 
+@pytest.mark.parametrize(("processes", "images"), [(2, 14), (3, 1)])
+def test_processes_end_with_the_scores_that_one_gives(processes, images, unscored):
+    """A batch holds one image of the test split here, so there are more of them than processes, or fewer."""
+    rng = np.random.default_rng(0)
+    for index in range(images):
+        write_pair(unscored / "test", f"{index}", *random_pair(rng, 64, 64))
+    constants = QUICK | {"DATA_DIR": unscored, "BATCH_SIZE": 6, "EPOCHS": 1, "LEARNING_RATE": 2e-2}
+    arguments = [f"{name}={value}" for name, value in constants.items()]
+    group = [start("main.py", *arguments, **environment) for environment in as_torchrun(processes)]
+    for process in group:
+        process.join()
+    assert [process.exitcode for process in group] == [0] * processes, Path("output.txt").read_text()
+    together = json.loads(Path("runs/run/test_metrics.json").read_text())
+    assert together == main.main(EVALUATE="runs/run", RUN_NAME="alone", DEVICE="cpu")
+
+
+def test_an_evaluation_batch_holds_no_more_pixels_than_a_process_trains_on(tmp_path, monkeypatch):
+    write_pair(tmp_path / "val", "x", *random_pair(np.random.default_rng(0), 512, 600))
+    data, device = LEVIRCD(tmp_path, "val", main.PROTOCOL_CROP), torch.device("cpu")
+    config = SimpleNamespace(BATCH_SIZE=64, CROP_SIZE=128, NUM_WORKERS=0)
+    for world, items in ((1, 4), (8, 2), (64, 1)):
+        monkeypatch.setattr(main, "world", lambda world=world: world)
+        assert max(map(len, main.load(data, config, device).batch_sampler)) <= items
+
+
+def test_a_process_that_sees_one_gpu_takes_it(monkeypatch):
+    """As under Slurm, where the third process of a machine sees its own GPU as the first."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    asked = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(device) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        program.pick_device()
+    assert asked == [torch.device("cuda:0")]
+
+
+# GPUs without bfloat16
+
+
+@pytest.fixture
+def half(monkeypatch) -> None:
+    """Autocast to float16, as on a T4 or V100."""
+    for module in (main, program):
+        monkeypatch.setattr(module, "fast_dtype", lambda device: torch.float16)
+
+
+def overflow(monkeypatch, steps: Sequence[int]) -> None:
+    """Make the gradients of these training steps, from 1 on, overflow in float16."""
+    forward, step = CombinedIoULoss.forward, itertools.count(1)
+
+    def overflowing(self, logits, label):
+        loss = forward(self, logits, label)
+        return loss * 1e30 if logits.requires_grad and next(step) in steps else loss
+
+    monkeypatch.setattr(CombinedIoULoss, "forward", overflowing)
+
+
+def trained_loss(name: str) -> float:
+    """The training loss of the last epoch of `runs/name`."""
+    return torch.load(f"runs/{name}/last.pt", weights_only=True)["rows"][-1]["train_loss"]
+
+
+def test_float16_trains_as_float32_does_and_goes_on_to_the_bit(unscored, half):
+    constants = QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 2}
+    main.main(**constants)
+    main.main(**constants | {"AMP": False, "RUN_NAME": "float32"})
+    assert trained_loss("run") == pytest.approx(trained_loss("float32"), abs=0.02)
+    shutil.copytree("runs/run", "runs/longer")
+    main.main(RESUME="runs/run", EPOCHS=3)
+    main.main(RESUME="runs/longer", EPOCHS=3)
+    ours, theirs = (torch.load(f"runs/{name}/last.pt", weights_only=True) for name in ("run", "longer"))
+    assert ours["scaler"] == theirs["scaler"] and ours["scaler"]["scale"] == 2**16
+    assert all(torch.equal(value, theirs["model"][name]) for name, value in ours["model"].items())
+
+
+def test_a_step_that_overflows_in_float16_is_skipped(unscored, half, monkeypatch):
+    overflow(monkeypatch, steps=[2])
+    main.main(**QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 2})
+    last = torch.load("runs/run/last.pt", weights_only=True)
+    assert last["steps_taken"] == 2 * 4 - 1 and last["scaler"]["scale"] == 2**15
+    assert all(state["step"] == 7 for state in last["optimizers"][1]["state"].values())
+    assert last["rows"][0]["train_loss"] < 2
+
+
+def test_float16_that_goes_on_overflowing_ends_the_run(unscored, half, monkeypatch):
+    overflow(monkeypatch, steps=range(3, 100))
+    with pytest.raises(FloatingPointError, match="epoch 2: float16 overflowed in each of its steps; set AMP=False"):
+        main.main(**QUICK | {"DATA_DIR": str(unscored), "EPOCHS": 2})
+    assert torch.load("runs/run/last.pt", weights_only=True)["epoch"] == 1
+
+
 # Faults
 
 
@@ -726,14 +820,14 @@ def test_the_loss_is_read_every_few_steps_alone(tiny, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(self.shape) or item(self))
     monkeypatch.setattr(main, "READ_EVERY", 3)
     config, _ = main.configure(QUICK | {"DATA_DIR": str(tiny), "BATCH_SIZE": 2, "EPOCHS": 1, "CACHE_DIR": None})
-    loaders = {split: main.load(config, torch.device("cpu"), split, 32) for split in ("train", "val")}
+    data = {split: main.pairs_of(config, split, 32, augment=split == "train") for split in ("train", "val")}
     torch.manual_seed(0)
     model, before = FusionUNet(weights=None, backbone="resnet18"), len(reads)
     monkeypatch.setattr(main, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        main.train(model, loaders, config, None, None)
+        main.train(model, data, config, None, None)
     of_the_loss = [shape for shape in reads[before:] if shape == ()]
-    assert len(loaders["train"]) == 8 and len(of_the_loss) <= 3 + 8, len(of_the_loss)  # and a crop's seed each, at most
+    assert len(data["train"]) == 16 and len(of_the_loss) <= 3 + 8, len(of_the_loss)  # and a crop's seed each, at most
 
 
 # MLflow

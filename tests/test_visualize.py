@@ -308,7 +308,7 @@ def test_curves_show_the_table(tmp_path):
     columns = "epoch,train_loss,train_iou,val_loss,val_iou,learning_rate,peak_learning_rate"
     table = f"{columns}\n1,3,0.1,4,0.2,1e-3,2e-3\n2,1,0.5,2,0.25,1e-4,1e-3\n3,1,0.6,3,0.21,0,1e-4\n"
     (tmp_path / "metrics.csv").write_text(table)
-    figure = plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+    figure = plot_curves(tmp_path / "metrics.csv", 2, tmp_path / "curves.png")
     shown = {axis.get_title(): [line.get_xydata().tolist() for line in axis.lines[:-1]] for axis in figure.axes}
     assert shown == {
         "loss": [[[1, 3], [2, 1], [3, 1]], [[1, 4], [2, 2], [3, 3]]],
@@ -335,7 +335,7 @@ def test_precision_and_recall_are_marked_at_the_thresholds():
 def test_one_epoch_has_whole_numbers_on_its_axis(tmp_path):
     columns = "epoch,train_loss,train_iou,val_loss,val_iou,learning_rate,peak_learning_rate"
     (tmp_path / "metrics.csv").write_text(f"{columns}\n1,3,0.1,4,0.2,1e-3,2e-3\n")
-    axis = plot_curves(tmp_path / "metrics.csv").axes[0]
+    axis = plot_curves(tmp_path / "metrics.csv", 1).axes[0]
     low, high = axis.get_xlim()
     assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
 
