@@ -1,63 +1,86 @@
-"""LEVIR-CD pairs from files to batches of tensors: listed, checked, decoded once, cropped, augmented."""
+"""LEVIR-CD pairs, from files to batches of tensors: found, checked, decoded once, cropped and augmented."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import mmap
+import itertools
+import logging
+import math
 import os
 import re
+import shlex
 import signal
-import struct
 import sys
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO
+from types import ModuleType
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
-from scipy import ndimage
-from torch import Tensor
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from rasterio import DatasetReader
+
 FOLDERS = ("A", "B", "label")  # of a split: images before, images after, masks
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+SYSTEM_FOLDERS = {
+    "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN", "System Volume Information",
+    "__MACOSX", "lost+found",
+}  # fmt: skip
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GEOTAGS = {33550, 33922, 34264, 34735, 42113, 50844}  # of a TIFF that has a place (OGC 19-008r4), no-data value or RPC
+PILLOW_BANDS = {
+    "1": 1, "L": 1, "LA": 1, "I": 1, "I;16": 1, "I;16B": 1, "F": 1,
+    "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "RGBX": 4,
+}  # fmt: skip
+NEAR = 32  # grey levels from 0 or 255 that an edge or JPEG may take a value of a mask
 IGNORED = 255  # in a label: this pixel is neither trained on nor scored
 ImageLike = Tensor | np.ndarray | Image.Image | str | os.PathLike
 MAX_PIXELS = 400_000_000  # an image may hold, 20,000 × 20,000: a small file of a stranger may unpack to more
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is lower, and only warns
+
+
+class DataError(ValueError):
+    """Input that can't be used; the message says what is wrong, in which file, and what to do."""
 
 
 class LEVIRCD(Dataset):
     """Pairs of co-registered images and the mask of what changed (LEVIR-CD: Chen and Shi 2020, doi:10.3390/rs12101662).
 
-    An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W) in {0, …, num_classes}
-    or, where a pixel is void in an image or is to be ignored, 255.
-    Without augmentation the items are the tiles of each image in reading order (smaller ones at its right and
-    bottom edge, so that every pixel is there once), or whole images. With it, an item is a random crop around a place
-    in a tile, turned by a quarter and mirrored at random; its dates may be exchanged, too.
+    An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W). The label is in
+    {0, …, num_classes}, or 255 where a pixel is to be ignored or an image has no data.
+
+    Without augmentation the items are the tiles of each image in reading order, smaller ones at its right and bottom
+    edge, so that each pixel appears once; or whole images. With augmentation an item is a random crop near such a tile,
+    randomly rotated by quarter turns and mirrored.
 
     Args:
-        root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif,bmp}`, one stem for the three files of a pair; they
-            may lie in folders below A, the same below B and label.
-        split: "train", "val", "test" or any other folder of `root`; where there is no val, a tenth of train's pairs,
-            chosen by their names, is val and not train.
+        root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif,bmp}`. The three files of a pair share a stem. They
+            may lie in subfolders of A, B and label, the same in each.
+        split: "train", "val", "test" or any other folder of `root`. Where there is no val, a tenth of the pairs of
+            train, chosen by their names, are val instead.
         crop_size: side of a crop or tile in pixels; None for whole images.
         augment: random crops instead of tiles.
-        cache_dir: folder for the decoded pairs, 7 bytes a pixel, filled once and shared by all processes;
-            None decodes the files at each access.
-        num_classes: classes of change; the masks hold 0 and 255, or 0 to `num_classes`.
-        ignore: value in the masks of pixels to ignore; None: there is none.
-        folders: names of the folders of a split, as `FOLDERS`.
-        swap_dates: chance that the dates of a random crop are exchanged, 0..1.
+        cache_dir: folder for decoded pairs, 7 bytes a pixel, shared by all processes; None decodes at each access.
+        num_classes: classes of change; masks hold 0 and 255, or 0 to `num_classes`.
+        ignore: mask value of pixels to ignore; None for no such value.
+        folders: names of the three folders of a split.
+        swap_dates: probability that the dates of a random crop are exchanged, 0..1.
 
     Raises:
-        DataError: files are missing, unreadable, of differing sizes, smaller than the crop, or not a mask.
+        DataError: files are missing or unreadable, differ in size or are smaller than the crop, or a mask isn't one.
     """
 
     def __init__(
@@ -72,101 +95,157 @@ class LEVIRCD(Dataset):
         folders: Sequence[str] = FOLDERS,
         swap_dates: float = 0.0,
     ) -> None:
-        self.folder = Path(root).expanduser() / split
-        self.crop_size, self.augment, self.swap_dates = crop_size, augment, swap_dates
-        cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
-        self.pairs = Pairs(self.folder, cache_dir, num_classes, ignore, folders)
-        sizes = self.pairs.sizes
-        if augment and crop_size and (small := np.flatnonzero(sizes.min(1) < crop_size)).size:
-            raise DataError(
-                f"{self.pairs.paths(small[0])[0]}: {size_text(sizes[small[0]])} pixels are less than the crop of "
-                f"{crop_size}: lower CROP_SIZE"
-            )
-        if augment and not crop_size and (other := np.flatnonzero((sizes != sizes[0]).any(1))).size:
-            raise DataError(
-                f"{self.pairs.paths(other[0])[0]}: {size_text(sizes[other[0]])} pixels, but {self.pairs.paths(0)[0]} "
-                f"has {size_text(sizes[0])}: set a CROP_SIZE"
-            )
-        sides = np.full_like(sizes, crop_size) if crop_size else sizes
-        self._tiles = sizes // sides if augment else -(-sizes // sides)  # rows, columns
-        self._steps = sizes // self._tiles if augment else sides
-        self._ends = self._tiles.prod(1).cumsum()  # of each pair's items
+        self.split, self.crop_size, self.augment, self.swap_dates = split, crop_size, augment, swap_dates
+        self.num_classes, self.ignore = num_classes, ignore
+        self.files = find_split(Path(root).expanduser(), split, folders)
+        self._cached = None if cache_dir is None else [self._cache_file(cache_dir, pair) for pair in self.files]
+        self._remarks: dict[str, set[Path]] = {}  # how odd masks were read, and which
+        self.sizes = self._decode_all()  # (height, width) of each pair
+        if augment:
+            self._check_crop()
+        self._windows = [
+            (pair, rows, columns)
+            for pair, (height, width) in enumerate(self.sizes)
+            for rows in self._spans(height)
+            for columns in self._spans(width)
+        ]
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._windows)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """The item at an index; with augmentation `(index, seed)` gives the same crop each time."""
+        """The item at an index; with augmentation `(index, seed)` always gives the same crop."""
         index, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**31, ())))
-        pair, rows, columns = self._tile(index)
-        array = self.pairs.load(pair)
+        pair, rows, columns = self._windows[index]
+        array = self._load(pair)
         if self.augment:
             array = self._random_crop(array, (rows, columns), np.random.default_rng(seed))
         else:
             array = array[rows, columns]
-        array = np.ascontiguousarray(array.transpose(2, 0, 1))  # (7, H, W): the one copy
+        array = array.transpose(2, 0, 1).copy()  # (7, H, W), the only copy
         return torch.from_numpy(array).split([3, 3, 1])
 
     def name(self, index: int) -> str:
-        """What a person calls item `index`: the stem of its files and, for a tile, its row and column in pixels."""
-        pair, rows, columns = self._tile(index)
-        stem = self.pairs.paths(pair)[0].stem
+        """A readable name of an item: the stem of its files and, for a tile, its row and column in pixels."""
+        pair, rows, columns = self._windows[index]
+        stem = self.files[pair][0].stem
         return f"{stem} [{rows.start}, {columns.start}]" if self.crop_size else stem
 
     def fingerprint(self) -> str:
-        """12 hexadecimal digits that change when a file is added, removed, renamed or changes its size."""
-        return self.pairs.fingerprint()
+        """12 hexadecimal digits that change when a file is added, removed or renamed, or its size in bytes changes."""
+        lines = [f"{file.parent.name}/{file.name} {file.stat().st_size}\n" for files in self.files for file in files]
+        return short_hash("".join(lines))
 
-    @property
+    @functools.cached_property
     def has_change(self) -> bool:
-        """Whether any pixel of any mask is labelled as changed."""
-        return bool(self.pairs.facts[:, 2].any())
+        """Whether any mask labels a pixel as changed."""
+        labels = (self._load(pair)[..., 6] for pair in range(len(self.files)))
+        return any(((label > 0) & (label != IGNORED)).any() for label in labels)
 
     def batches(self, pixels: int) -> list[list[int]]:
         """All indices in lists of items of one size, each of at most so many pixels or of one item, for evaluation."""
         by_size: dict[tuple[int, int], list[int]] = {}
-        for index in range(len(self)):
-            _, rows, columns = self._tile(index)
+        for index, (_, rows, columns) in enumerate(self._windows):
             by_size.setdefault((rows.stop - rows.start, columns.stop - columns.start), []).append(index)
         batches = []
-        for (height, width), same in by_size.items():
+        for (height, width), indices in by_size.items():
             count = max(1, pixels // (height * width))
-            batches += [same[i : i + count] for i in range(0, len(same), count)]
+            batches += [indices[i : i + count] for i in range(0, len(indices), count)]
         return batches
 
-    def _tile(self, index: int) -> tuple[int, slice, slice]:
-        """Pair, rows and columns of an item."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        index %= len(self)
-        pair = int(np.searchsorted(self._ends, index, side="right"))
-        (rows, columns), end = self._tiles[pair].tolist(), int(self._ends[pair])
-        row, column = divmod(index - end + rows * columns, columns)
-        (height, width), (step_y, step_x) = self.pairs.sizes[pair].tolist(), self._steps[pair].tolist()
-        y, x = row * step_y, column * step_x
-        return pair, slice(y, min(y + step_y, height)), slice(x, min(x + step_x, width))
+    def _spans(self, length: int) -> list[slice]:
+        """The tiles along a side: the last one smaller or, of random crops, as many as fit, of one size."""
+        size = self.crop_size or length
+        if self.augment:
+            size = length // (length // size)
+            return [slice(start, start + size) for start in range(0, length - size + 1, size)]
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+    def _check_crop(self) -> None:
+        """Check that a random crop fits into each image and that crops can form a batch."""
+        for (path, *_), size in zip(self.files, self.sizes, strict=True):
+            if self.crop_size and min(size) < self.crop_size:
+                raise DataError(f"{path}: {size_text(size)} pixels, less than CROP_SIZE={self.crop_size}: lower it")
+            if not self.crop_size and size != self.sizes[0]:
+                raise DataError(
+                    f"{path}: {size_text(size)} pixels, but {self.files[0][0]} has {size_text(self.sizes[0])}: whole "
+                    "images of several sizes can't form a batch; set CROP_SIZE"
+                )
 
     def _random_crop(self, array: np.ndarray, tile: tuple[slice, slice], rng: np.random.Generator) -> np.ndarray:
-        """A crop around a place in the tile, turned, mirrored, its dates exchanged, each at random.
+        """A crop centred in the tile, shifted to lie inside the image, then randomly turned, mirrored and swapped.
 
-        At the image's border it is moved inwards: of crops that are anywhere in the image alike few hold its borders,
-        hardly one a corner. The array is as in `Pairs.load`: read-only, and whatever moves its pixels moves all seven
-        bands alike, the last one, a mask, without blending its values. What changes colours comes later, in
+        Shifting gives the border and the corners of an image their share, which crops placed uniformly in it hardly
+        ever hold. All seven bands move together, and the mask isn't interpolated. Colours change later, in
         `color_jitter`.
         """
         window = []
-        for side, length in zip(tile, array.shape[:2], strict=True):
+        for span, length in zip(tile, array.shape[:2], strict=True):
             size = self.crop_size or length
-            start = min(max(rng.integers(side.start, side.stop) - size // 2, 0), length - size)
+            start = min(max(rng.integers(span.start, span.stop) - size // 2, 0), length - size)
             window.append(slice(start, start + size))
         crop = array[tuple(window)]
-        # A quarter turn of an oblong whole image would not fit into a batch with the others.
-        crop = np.rot90(crop, rng.integers(4) if crop.shape[0] == crop.shape[1] else 2 * rng.integers(2))
+        # A quarter turn of an oblong image would not fit into a batch with the others.
+        turns = rng.integers(4) if crop.shape[0] == crop.shape[1] else 2 * rng.integers(2)
+        crop = np.rot90(crop, turns)
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         if rng.random() < self.swap_dates:
             crop = crop[..., [3, 4, 5, 0, 1, 2, 6]]
         return crop
+
+    # Decoded pairs
+
+    def _decode_all(self) -> list[tuple[int, int]]:
+        """Decode the pairs that aren't cached yet, which checks them, and return the heights and widths of all."""
+        pairs = range(len(self.files))
+        with ThreadPool(usable_cores()) as pool:
+            sizes = pool.imap(lambda pair: self._load(pair).shape[:2], pairs)
+            sizes = list(progress(sizes, desc=f"decoding {self.split}", total=len(pairs), unit="pair", delay=1))
+        for remark, masks in self._remarks.items():
+            print_once(f"{self.split}: {len(masks)} of {len(pairs)} masks {remark} (such as {min(masks)})")
+        return sizes
+
+    def _load(self, pair: int) -> np.ndarray:
+        """uint8 (H, W, 7): three bands before, three after, the label; from the cache only as far as it is used."""
+        if self._cached is None:
+            return self._decode(pair)
+        path = self._cached[pair]
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not decoded yet, deleted or damaged
+            return np.load(path, mmap_mode="r")
+        array = self._decode(pair)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "wb") as file:
+                np.save(file, array)
+        except OSError as error:
+            raise DataError(f"CACHE_DIR: {error}; CACHE_DIR=None works without it") from error
+        return array
+
+    def _decode(self, pair: int) -> np.ndarray:
+        """The pair as `_load` gives it."""
+        check_sizes(self.files[pair])
+        *images, mask = self.files[pair]
+        label, remark = read_mask(mask, self.num_classes, self.ignore)
+        if remark:
+            self._remarks.setdefault(remark, set()).add(mask)
+        bands = []
+        for path in images:
+            image, void = read_image(path)
+            bands.append(image)
+            if void is not None:
+                label[void] = IGNORED
+        return np.dstack([*bands, label])
+
+    def _cache_file(self, cache_dir: str | os.PathLike, files: Sequence[Path]) -> Path:
+        """The name of a decoded pair, another one as soon as a file or the way to read it changes."""
+        # GDAL reads what lies beside an image, too.
+        sidecars = [Path(f"{file}{suffix}") for file in files for suffix in (".msk", ".aux.xml")]
+        stats = [file.stat() for file in (*files, *sidecars) if file.exists()]
+        # The change time too: an archive may give a corrected mask the old size and modification time.
+        versions = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
+        key = self.num_classes, self.ignore, [str(file.resolve()) for file in files], versions
+        return Path(cache_dir).expanduser() / f"{short_hash(repr(key))}.npy"
 
 
 # Batches
@@ -175,678 +254,525 @@ class LEVIRCD(Dataset):
 class RandomBatches(Sampler):
     """Full batches of indices in random order, each with the seed of its crop; all of it follows from torch's seed.
 
-    A process `rank` of `world` gets a share of every batch, so that a step is the same however many there are.
+    Each of several processes gets its share of every batch, so that a step doesn't depend on their number.
 
     Raises:
-        DataError: there are several processes, and no full batch to share.
+        DataError: several processes have no full batch to share.
     """
 
-    def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1):
-        if length < batch_size and world > 1:
-            raise DataError(f"{length} crops to train on are no batch of {batch_size} to share: lower BATCH_SIZE")
-        self.length, self.batch_size, self.rank, self.world = length, batch_size, rank, world
+    def __init__(self, length: int, batch_size: int):
+        if length < batch_size and world() > 1:
+            raise DataError(f"{length} crops don't fill a batch of {batch_size} to share: lower BATCH_SIZE")
+        self.length, self.batch_size = length, batch_size
 
     def __len__(self) -> int:
-        return max(1, self.length // self.batch_size)  # 1: a batch that isn't full, if there is no other
+        return max(1, self.length // self.batch_size)  # one that isn't full, if there is no other
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         drawn = torch.stack([torch.randperm(self.length), torch.randint(2**31, (self.length,))], dim=1)
         for batch in drawn[: len(self) * self.batch_size].split(self.batch_size):
-            yield [tuple(draw) for draw in batch[self.rank :: self.world].tolist()]
+            yield [tuple(draw) for draw in batch[rank() :: world()].tolist()]
 
 
 def make_loader(
     dataset: LEVIRCD, batches: Sampler | Sequence[list[int]], num_workers: int | None, on_gpu: bool
 ) -> DataLoader:
-    """The batches of a data set.
+    """A loader of a data set's batches.
 
     Args:
-        dataset: what is loaded from.
-        batches: the items of each batch: `RandomBatches` to train on, a share of `dataset.batches()` to evaluate.
-        num_workers: processes that load; None: by the cores for a GPU, 0 otherwise.
-        on_gpu: the batches go to a GPU.
+        dataset: where the items come from.
+        batches: the indices of each batch: `RandomBatches`, or some of `dataset.batches()`.
+        num_workers: processes that load; None for up to eight on a GPU, by the cores, and 0 otherwise.
+        on_gpu: whether the batches go to a GPU.
     """
     if num_workers is None:
-        num_workers = max(1, min(8, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if on_gpu else 0
-    # With a generator of its own a loader draws nothing from torch's, whatever its workers.
+        cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        num_workers = max(1, min(8, cores)) if on_gpu else 0
+    # With a generator of its own it draws nothing from torch's, however many workers it has.
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_main, pin_memory=on_gpu, generator=torch.Generator(),
+        worker_init_fn=ignore_signals, pin_memory=on_gpu, generator=torch.Generator(),
     )  # fmt: skip
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine has under taskset or in a container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def leave_signals_to_main(_: int) -> None:
-    """A worker outlives Ctrl-C, which reaches it too, until the main process ends it; that is no failure of its own."""
+def ignore_signals(_: int) -> None:
+    """Leave Ctrl-C, which reaches a worker too, to the main process; end without a complaint when asked to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: os._exit(0))
 
 
-# Colours
+def color_jitter(images: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
+    """Random brightness, contrast and saturation, drawn for each image.
 
-
-def color_jitter(
-    images: Tensor, brightness: float, contrast: float, saturation: float, hue: float, rank: int = 0, world: int = 1
-) -> Tensor:
-    """Random brightness, contrast, saturation and hue, drawn for each image of a batch on its own.
-
-    This is the augmentation that changes values and not places, on the device; `LEVIRCD._random_crop` is the other.
-    The first three multiply as torchvision's `adjust_*` do, by factors drawn from 1 ± strength; the hue is turned
-    about the grey axis by up to ± hue of a full circle. A strength of 0 turns its part off. All four are linear, so
-    that they are one matrix for each image, and what leaves 0..1 is cut off once, at the end.
+    They multiply as in torchvision's `adjust_*`, in this order, by factors drawn from 1 ± strength. All three are
+    linear, so they are one matrix for each image, and values outside of 0..1 are clipped once, at the end. Each of
+    several processes draws for all their images and uses its share, so that the colours don't depend on their number.
 
     Args:
         images: (N, 3, H, W), uint8, on any device.
-        brightness: strength, 0..1.
-        contrast: strength, 0..1.
-        saturation: strength, 0..1.
-        hue: strength as a share of the colour circle, 0..0.5.
-        rank: which of `world` processes has this share of a batch: the draws are those that one process would make.
-        world: how many there are.
+        brightness: strength, 0..1; 0 for off.
+        contrast: likewise.
+        saturation: likewise.
 
     Returns:
         float32 (N, 3, H, W) in 0..1.
     """
 
-    def draw(middle: float, strength: float) -> Tensor:
-        of_all = torch.empty(world * len(images), 1, 1, device=images.device)
-        return of_all.uniform_(middle - strength, middle + strength)[rank::world]
+    def draw(strength: float) -> Tensor:
+        factors = torch.empty(world() * len(images), 1, 1, device=images.device)
+        return factors.uniform_(1 - strength, 1 + strength)[rank() :: world()]
 
     pixels = images.flatten(2) / 255  # (N, 3, H·W), float32
-    bright, contrasting, saturated = (draw(1, strength) for strength in (brightness, contrast, saturation))
-    luma = torch.tensor(LUMA).to(images.device, non_blocking=True)  # a host that blocks here waits for the last step
-    own = torch.eye(3, device=images.device)
-    matrix = _turn_hue(draw(0, 2 * np.pi * hue)) @ torch.lerp(luma.expand(3, 3), own, saturated)
-    grey = bright * (luma @ pixels.mean(2, keepdim=True))  # (N, 1, 1), about which contrast is stretched
-    offset = (1 - contrasting) * grey * matrix.sum(2, keepdim=True)
-    return torch.baddbmm(offset, contrasting * bright * matrix, pixels).clamp_(0, 1).view(images.shape)
-
-
-LUMA = [[0.2989, 0.587, 0.114]]  # of red, green, blue: ITU-R BT.601, with torchvision's digits
-# Of a colour: its part along the unit grey axis (1, 1, 1) / √3, the rest, and the cross product with the axis.
-AXIS = 3**-0.5
-GREY_REST_CROSS = (
-    [[1 / 3] * 3] * 3,
-    [[2 / 3, -1 / 3, -1 / 3], [-1 / 3, 2 / 3, -1 / 3], [-1 / 3, -1 / 3, 2 / 3]],
-    [[0, -AXIS, AXIS], [AXIS, 0, -AXIS], [-AXIS, AXIS, 0]],
-)
-
-
-def _turn_hue(angle: Tensor) -> Tensor:
-    """(N, 3, 3), which rotate colours about the grey axis (Rodrigues' formula) by `angle`, radians, (N, 1, 1)."""
-    grey, rest, cross = torch.tensor(GREY_REST_CROSS).to(angle.device, non_blocking=True)
-    return torch.addcmul(torch.addcmul(grey, rest, angle.cos()), cross, angle.sin())
+    luma = torch.tensor([[0.2989, 0.587, 0.114]])  # of red, green, blue: ITU-R BT.601, with torchvision's digits
+    luma = luma.to(images.device, non_blocking=True)  # (1, 3); a blocking copy waits for the last step
+    bright, stretch, saturated = draw(brightness), draw(contrast), draw(saturation)
+    saturate = torch.lerp(luma.expand(3, 3), torch.eye(3, device=images.device), saturated)  # (N, 3, 3)
+    mean_grey = bright * (luma @ pixels.mean(2, keepdim=True))  # (N, 1, 1), about which contrast stretches
+    offset = (1 - stretch) * mean_grey * saturate.sum(2, keepdim=True)  # (N, 3, 1)
+    return torch.baddbmm(offset, stretch * bright * saturate, pixels).clamp_(0, 1).view(images.shape)
 
 
 # Files
 
 
-class DataError(ValueError):
-    """Input that can't be used; the message says what is wrong, in which file, and what to do."""
+def find_split(root: Path, split: str, folders: Sequence[str]) -> list[tuple[Path, ...]]:
+    """The files of each pair of a split, in the order of their names; where there is no val, a tenth of train is."""
+    holds_out = split in ("train", "val") and not (root / "val").is_dir() and (root / "train").is_dir()
+    paths = [root / ("train" if holds_out else split) / folder for folder in folders]
+    pairs = [tuple(path / name for path, name in zip(paths, names, strict=True)) for names in find_pairs(*paths)]
+    if not holds_out or (len(pairs) == 1 and split == "train"):
+        return pairs
+    if len(pairs) == 1:
+        raise DataError(f"{root / 'val'}: no such folder, and train holds only one pair: add val")
+    by_name = sorted(pairs, key=lambda files: short_hash(str(files[0].relative_to(paths[0]))))
+    held_out = set(by_name[: math.ceil(len(pairs) / 10)])
+    print_once(f"{root}: no val in it; {len(held_out)} of {len(pairs)} pairs of train, by their names, are val instead")
+    return [files for files in pairs if (files in held_out) == (split == "val")]
 
 
-class Pairs:
-    """Image before, image after and mask of each pair of a split, in the order of their names.
-
-    What is known of them stands in arrays, not in an object for each file: the processes that load share these.
+def find_pairs(*folders: Path, skip: Path | None = None) -> list[tuple[str, ...]]:
+    """Match the images of several folders by their stems (in Unicode's NFC), which include subfolders.
 
     Args:
-        folder: holds `{A,B,label}/NAME.{png,jpg,tif,bmp}`.
-        cache_dir: keeps what was checked and decoded, until a file changes its size or time; None: nothing is kept.
-        num_classes: classes of change in the masks.
-        ignore: value in the masks of pixels to ignore.
-        folders: names of the three folders.
+        folders: each holds one file of every pair.
+        skip: a folder below these that isn't searched.
 
-    Attributes:
-        facts: int64 (pairs, 4): height and width in pixels; how many of these are labelled as changed; in which way
-            the mask is odd, an index of `ODD`.
+    Returns:
+        For each pair, sorted by stem, its paths below the folders.
 
     Raises:
-        DataError: a file is missing, can't be read or is no such image, or a pair has more than one size.
+        DataError: a folder or a file is missing, or a folder holds a stem twice.
     """
-
-    def __init__(
-        self, folder: Path, cache_dir: Path | None, num_classes: int = 1, ignore: int | None = None,
-        folders: Sequence[str] = FOLDERS,
-    ):  # fmt: skip
-        self.folder, self.cache_dir, self.num_classes, self.ignore = folder, cache_dir, num_classes, ignore
-        self.folders = tuple(folders)
-        self._names = np.array(self._find())  # str (pairs, 3)
-        files = ((part, name) for names in self._names for part, name in zip(self.folders, names, strict=True))
-        stats = (os.stat(f"{self.folder}/{part}/{name}") for part, name in files)
-        stats = np.fromiter(((stat.st_size, stat.st_mtime_ns) for stat in stats), np.dtype((np.int64, 2)))
-        self._stats = stats.reshape(-1, len(self.folders), 2)  # bytes, nanoseconds
-        self._root = str(self.folder.resolve())
-        if cache_dir is None:
-            self.facts = self._checked()
-        else:
-            try:
-                os.makedirs(cache_dir, exist_ok=True)
-                self._fill_cache()
-            except OSError as error:
-                raise DataError(f"CACHE_DIR={cache_dir}: can't be filled ({error}); None does without") from error
-        self.sizes = self.facts[:, :2]
-        for kind, reading in enumerate(ODD[1:], 1):
-            if (odd := np.flatnonzero(self.facts[:, 3] == kind)).size:
-                say_once(f"{folder}: {odd.size} of {len(self)} masks {reading} (the first is {self.paths(odd[0])[2]})")
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def _find(self) -> list[tuple[str, ...]]:
-        """The names of the pairs; of those in train, where there is no val beside it, a tenth is val."""
-        train, split = self.folder.with_name("train"), self.folder.name
-        if split not in ("train", "val") or self.folder.with_name("val").is_dir() or not train.is_dir():
-            return find_pairs(*(self.folder / part for part in self.folders))
-        names = find_pairs(*(train / part for part in self.folders))
-        held_out = set(sorted(names, key=lambda files: _digits(files[0].encode()))[: -(-len(names) // 10)])
-        if len(names) == 1:
-            if split == "val":
-                raise DataError(f"{self.folder}: no such folder, and train holds one pair alone: add val")
-            return names
-        say_once(f"{train.parent}: no val in it; {len(held_out)} of train's {len(names)} pairs, chosen by their names, "
-                 "serve for validation instead of training")  # fmt: skip
-        self.folder = train
-        return [files for files in names if (files in held_out) == (split == "val")]
-
-    def paths(self, pair: int) -> tuple[Path, ...]:
-        """The three files of a pair."""
-        return tuple(self.folder / part / name for part, name in zip(self.folders, self._names[pair], strict=True))
-
-    def load(self, pair: int) -> np.ndarray:
-        """uint8 (H, W, 7): three bands before, three after, the label; of a cached one only what is used."""
-        if self.cache_dir is None:
-            return self._decode(pair)
-        try:
-            return np.load(self._cached(pair), mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # gone or damaged since it was filled
-            self._decode_into_cache(pair)
-            return np.load(self._cached(pair), mmap_mode="r")
-
-    def fingerprint(self) -> str:
-        """12 hexadecimal digits that change when a file is added, removed, renamed or changes its size."""
-        rows = zip(self._names.tolist(), self._stats[..., 0].tolist(), strict=True)
-        files = [file for names, sizes in rows for file in zip(self.folders, names, sizes, strict=True)]
-        return _digits("".join(f"{part}/{name} {size}\n" for part, name, size in files).encode())
-
-    def _fill_cache(self) -> None:
-        """Check and decode what hasn't been yet, and drop what was made of files as they were before."""
-        state = _digits(self._names.tobytes() + self._stats.tobytes() + repr([self.num_classes, self.ignore]).encode())
-        done = self.cache_dir / f"{_digits(self._root.encode())}-{state}.npy"
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            self.facts = np.load(done)
-            return
-        self.facts = self._checked()
-        names = [self._cached(pair).name for pair in range(len(self))]
-        present = set(os.listdir(self.cache_dir))
-        self._each(self._decode_into_cache, [i for i, name in enumerate(names) if name not in present], "decoding")
-        with written_whole(done, "wb") as file:
-            np.save(file, self.facts)
-        ours = {name.partition("-")[0] for name in (done.name, *names)}
-        for name in present.difference(names, [done.name]):
-            if name.endswith(".npy") and name.partition("-")[0] in ours:
-                (self.cache_dir / name).unlink(missing_ok=True)
-
-    def _checked(self) -> np.ndarray:
-        def check(pair: int) -> tuple[int, ...]:
-            size, (label, odd) = check_headers(self.paths(pair)), self._read_mask(pair)
-            return *size, np.count_nonzero(label % IGNORED), odd
-
-        return np.array(self._each(check, range(len(self)), "checking"))
-
-    def _each(self, work: Callable[[int], object], pairs: Sequence[int], verb: str) -> list:
-        with ThreadPool(usable_cores()) as pool:
-            done = pool.imap(work, pairs, chunksize=4)
-            return list(progress(done, desc=f"{verb} {self.folder}", total=len(pairs), unit="pair", delay=1))
-
-    def _cached(self, pair: int) -> Path:
-        files = zip(self.folders, self._names[pair].tolist(), strict=True)
-        where = _digits("\n".join(f"{self._root}/{part}/{name}" for part, name in files).encode())
-        state = _digits(repr([self.num_classes, self.ignore, self._stats[pair].tolist()]).encode())
-        return self.cache_dir / f"{where}-{state}.npy"
-
-    def _decode_into_cache(self, pair: int) -> None:
-        with written_whole(self._cached(pair), "wb") as file:
-            np.save(file, self._decode(pair))
-
-    def _decode(self, pair: int) -> np.ndarray:
-        (image_a, void_a), (image_b, void_b) = map(read_image, self.paths(pair)[:2])
-        label, _ = self._read_mask(pair)
-        for void in (void_a, void_b):
-            if void is not None:
-                label[void] = IGNORED
-        return np.dstack([image_a, image_b, label])
-
-    def _read_mask(self, pair: int) -> tuple[np.ndarray, int]:
-        return read_mask(self.paths(pair)[2], self.num_classes, self.ignore)
-
-
-def find_pairs(*folders: Path) -> list[tuple[str, ...]]:
-    """Names of the files that share a stem, one a folder, in the order of the stems; DataError where one is missing.
-
-    A name is a file's path below its folder. Composed and decomposed letters (Unicode's NFC and NFD) are one.
-    """
-    found: list[dict[str, str]] = []
-    for folder in folders:
-        if not folder.is_dir():
-            names = ", ".join(each.name for each in folders)
-            raise DataError(f"{folder}: no such folder; looked for are {names} (see data/README.md, and FOLDERS)")
-        files: dict[str, str] = {}
-        for name in _images_below(folder):
-            stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])
-            if stem in files:
-                raise DataError(f"{folder / name}: a second file beside {files[stem]} for one pair; remove one")
-            files[stem] = name
-        found.append(files)
+    found = [_images_by_stem(folder, skip) for folder in folders]
     stems = sorted(set().union(*found))
     if not stems:
         raise DataError(f"{' and '.join(map(str, folders))}: no images ({', '.join(sorted(SUFFIXES))})")
     for stem in stems:
         for folder, files in zip(folders, found, strict=True):
             if stem not in files:
-                there = next(Path(at, other[stem]) for at, other in zip(folders, found, strict=True) if stem in other)
-                raise DataError(f"{there}: no file of that name in {folder}; add it or remove this one")
+                other, others = next(each for each in zip(folders, found, strict=True) if stem in each[1])
+                hint = _renaming(folder, files, others) or "add it or remove this one"
+                raise DataError(f"{other / others[stem]}: no file of that name in {folder}; {hint}")
     return [tuple(files[stem] for files in found) for stem in stems]
 
 
-def _images_below(folder: Path, below: str = "") -> Iterator[str]:
-    """Names of the images in a folder and in those below it, but for hidden ones."""
-    for entry in os.scandir(folder / below):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _images_below(folder, f"{below}{entry.name}/")
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():
-            yield below + entry.name
+def images_in(folder: Path, skip: Path | None = None) -> Iterator[str]:
+    """Paths, below the folder, of the images in it and its subfolders, except for hidden and system folders and `skip`.
+
+    Raises:
+        DataError: a folder can't be read, or an image is a link that leads nowhere.
+    """
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise DataError(f"{error.filename}: can't be read ({error.strerror})")
+
+    for root, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
+        visible = [name for name in subfolders if name[0] != "." and name not in SYSTEM_FOLDERS]
+        subfolders[:] = [name for name in visible if not skip or Path(root, name).resolve() != skip.resolve()]
+        for path in (Path(root, name) for name in names if name[0] != "."):
+            if path.suffix.lower() in SUFFIXES:
+                if not path.exists():
+                    raise DataError(f"{path}: a link that leads nowhere; fetch its file, or remove the link")
+                yield path.relative_to(folder).as_posix()
 
 
-def check_headers(paths: tuple[Path, ...]) -> tuple[int, int]:
-    """The height and width that two images, and the mask if there is a third file, share; DataError if they don't."""
+def _images_by_stem(folder: Path, skip: Path | None) -> dict[str, str]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; see data/README.md, and FOLDERS")
+    files: dict[str, str] = {}
+    for name in images_in(folder, skip):
+        stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])
+        if stem in files:
+            raise DataError(f"{folder / name}: a second file beside {files[stem]} for one pair; remove one")
+        files[stem] = name
+    return files
+
+
+def _renaming(folder: Path, stems: Iterable[str], wanted: Iterable[str]) -> str | None:
+    """The shell command that renames a folder's files, if all stems differ from the wanted ones by the same ending."""
+    endings = set()
+    for stem, other in itertools.zip_longest(sorted(stems), sorted(wanted)):
+        match = re.fullmatch(r"(.+)([-_. ].*)?\n\1([-_. ].*)?", f"{stem}\n{other}")
+        endings.add(match and (match[2] or "", match[3] or ""))
+    if len(endings) > 1 or None in endings:
+        return None
+    old, new = map(shlex.quote, endings.pop())
+    return (
+        f'rename: cd {shlex.quote(str(folder))}; for f in *{old}.*; do mv "$f" "${{f%{old}.*}}"{new}".${{f##*.}}"; done'
+    )
+
+
+def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
+    """The height and width that two images, and a mask as third, share; DataError where they don't."""
     sizes = []
     for index, path in enumerate(paths):
         with open_image(path, mask=index == 2) as image:
-            sizes.append(image.size[::-1])
-    for path, size in zip(paths[1:], sizes[1:], strict=True):
-        if size != sizes[0]:
-            raise DataError(
-                f"{path}: {size_text(size)} pixels, but {paths[0]} has {size_text(sizes[0])}; a pair needs one size"
-            )
+            sizes.append((image.height, image.width))
+        if sizes[index] != sizes[0]:
+            own, first = size_text(sizes[index]), size_text(sizes[0])
+            raise DataError(f"{path}: {own} pixels, but {paths[0]} has {first}; a pair needs one size")
     return sizes[0]
 
 
-def read_rgb(path: Path) -> np.ndarray:
-    """uint8 (H, W, 3) of an image; DataError as `read_image`."""
-    return read_image(path)[0]
+def import_rasterio() -> ModuleType | None:
+    """Rasterio, which is optional: None where it isn't installed."""
+    os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB; by default GDAL keeps what was decoded in a 20th of the memory
+    try:
+        import rasterio
+    except ImportError:
+        return None
+    logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what it logs it also raises
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
+    return rasterio
+
+
+def open_raster(path: Path) -> DatasetReader:
+    """A file opened by rasterio; DataError where that isn't installed."""
+    rasterio = import_rasterio()
+    if rasterio is None:
+        raise DataError(f"{path}: only rasterio reads such files: pip install rasterio")
+    is_utf8 = str(path) == os.fsencode(path).decode(errors="replace")  # the only names that rasterio takes
+    return rasterio.open(path if is_utf8 else BytesIO(path.read_bytes()))
+
+
+@contextlib.contextmanager
+def open_image(path: Path, mask: bool = False) -> Iterator[Image.Image | DatasetReader]:
+    """A file with its header checked and its pixels not decoded yet: of rasterio for a TIFF, else of Pillow.
+
+    Raises:
+        DataError: it can't be used; also for whatever a decoder raises before it is closed.
+    """
+    path = Path(path)
+    try:
+        with _open(path) as image:
+            _check_header(path, image, mask)
+            yield image
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # a decoder raises what it meets in a broken file
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no image, or damaged" if is_unknown else " ".join(str(error.__cause__ or error).split())
+        advice = "replace it" if import_rasterio() else "replace it, or try with rasterio: pip install rasterio"
+        raise DataError(f"{path}: can't be decoded ({reason}); {advice}") from error
+
+
+def _open(path: Path) -> Image.Image | DatasetReader:
+    with open(path, "rb") as file:
+        signature = file.read(8)
+    if os.path.isfile(f"{path}.msk"):  # where GDAL keeps the void pixels of a file of any format
+        return open_raster(path)
+    if signature == PNG_SIGNATURE:
+        return Image.open(_without_metadata(path))
+    if signature[:2] not in (b"II", b"MM"):
+        return Image.open(path)
+    if import_rasterio() is None:
+        with contextlib.suppress(Exception):  # Pillow doesn't know all kinds of TIFF
+            image = Image.open(path)
+            if image.n_frames == 1 and not GEOTAGS & set(image.tag_v2):
+                return image
+    return open_raster(path)
+
+
+def _without_metadata(path: Path) -> BytesIO:
+    """The chunks of a PNG that make its picture; the others may be broken, or larger than Pillow takes."""
+    kept = BytesIO()
+    with open(path, "rb") as file:
+        kept.write(file.read(len(PNG_SIGNATURE)))
+        while len(start := file.read(8)) == 8:
+            chunk = start + file.read(int.from_bytes(start[:4]) + 4)  # length, name, content, checksum
+            if start[4:] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+                kept.write(chunk)
+    kept.seek(0)
+    return kept
+
+
+def _check_header(path: Path, image: Image.Image | DatasetReader, mask: bool) -> None:
+    """Raise a DataError where an image is of no use, as far as its header tells."""
+    if image.width * image.height > MAX_PIXELS:
+        size = size_text((image.height, image.width))
+        raise DataError(f"{path}: {size} pixels are more than {MAX_PIXELS:,}; cut it, or raise --max-pixels")
+    orientation = 1
+    with contextlib.suppress(Exception), Image.open(path) as header:  # other metadata don't matter
+        if header.format == "TIFF" or "exif" in header.info:  # Pillow would decode a whole PNG to look for it
+            orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation != 1:  # viewers turn it, and so do those who label it
+        raise DataError(f"{path}: turned by its orientation tag; save it upright, without the tag")
+    if isinstance(image, Image.Image):
+        pages, bands = getattr(image, "n_frames", 1), PILLOW_BANDS.get(image.mode, 0)
+        is_deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # of 16-bit colours Pillow drops the lower bytes
+    else:
+        pages = [open_raster(page).shape for page in image.subdatasets].count(image.shape)
+        bands = 3 if _palette(image) is not None else sum(band.name != "alpha" for band in image.colorinterp)
+        is_deep = set(image.dtypes) != {"uint8"}
+    if pages > 1:
+        raise DataError(f"{path}: {pages} pages; save the one that is meant")
+    wanted = "one band of 8 bits" if mask else "8-bit RGB"
+    if is_deep and not (mask and bands == 1):
+        raise DataError(f"{path}: more than 8 bits a band; scale it to {wanted}: gdal_translate -ot Byte -scale")
+    if bands not in (1, 3, 4):
+        raise DataError(f"{path}: not an image of red, green and blue; convert it to {wanted}")
+    if bands == 1 and not mask:
+        raise DataError(f"{path}: one band, grey; an image needs three, red, green and blue")
 
 
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """An 8-bit image, and where it is void: transparent, masked, or of its tag's "no data" in all three bands.
+    """An 8-bit image, and where it is void: transparent, masked, or without data in all of its bands.
 
     Returns:
-        uint8 (H, W, 3); bool (H, W), None where nothing is void.
+        uint8 (H, W, 3); bool (H, W), or None where nothing is void.
 
     Raises:
-        DataError: not such an image, damaged, larger than `MAX_PIXELS`, void all over, or half transparent.
+        DataError: not such an image, damaged, larger than `MAX_PIXELS`, partly transparent, or void all over.
     """
-    with open_image(path) as image:
-        try:
-            voids = [_void(path, image)] if image.format == "TIFF" else []
-            alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
-            rgb = np.empty((image.height, image.width, 3), np.uint8)
-            for y in range(0, image.height, 1024):  # in pieces: Pillow's own way makes two copies on its way
-                piece = image.crop((0, y, image.width, min(y + 1024, image.height)))
-                rgb[y : y + 1024] = piece if piece.mode == "RGB" else piece.convert("RGB")
-        except Exception as error:
-            raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
-        if (no_data := no_data_value(image)) is not None:
-            voids.append((rgb == no_data).all(-1))
-    if alpha is not None:
-        if ((alpha > 0) & (alpha < 255)).any():
-            raise DataError(f"{path}: partly transparent: a pixel is void or it isn't; flatten it to RGB")
-        voids.append(alpha == 0)
-    void = np.logical_or.reduce([each for each in voids if each is not None] or [np.zeros(1, bool)])
-    if void.all():
-        raise DataError(f"{path}: void all over: transparent, masked or of the value that its tag calls no data")
-    return rgb, void if void.any() else None
+    bands, palette, opacity, _ = _decode(Path(path))
+    rgb = bands[..., :3] if palette is None else palette[bands[..., 0]]
+    partly = 0 if opacity is None else np.count_nonzero((opacity > 0) & (opacity < 255))
+    if bands.shape[-1] == 4 or partly > 0.05 * len(rgb) * len(rgb[0]):  # GDAL calls any fourth band alpha
+        print_once(f"{Path(path).parent}: of four bands the first three are read, as red, green and blue")
+        return rgb, None
+    if partly:
+        raise DataError(f"{path}: partly transparent: a pixel is void or it isn't; flatten it to RGB")
+    if opacity is None or opacity.all():
+        return rgb, None
+    if not opacity.any():
+        raise DataError(f"{path}: void all over: transparent, masked or of its no-data value")
+    return rgb, opacity == 0
 
 
-def no_data_value(image: Image.Image) -> int | None:
-    """The value that GDAL's tag calls no data, where a pixel of 8 bits can have it."""
-    value = getattr(image, "tag_v2", {}).get(NO_DATA)
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        value = float(value.strip(" \0") if isinstance(value, str) else value)
-        return int(value) if value in range(256) else None
-    return None
+def read_mask(path: Path, num_classes: int = 1, ignore: int | None = None) -> tuple[np.ndarray, str]:
+    """A mask as classes.
 
-
-# What may be odd about a mask, and how it is read then.
-ODD = (
-    "", "hold other values than 0 and 255: from 128 on it is change", "are coloured: what isn't black is change",
-    "have more than 8 bits: their highest value is change",
-)  # fmt: skip
-NEAR = 32  # a value of a mask is so near to 0 or to 255, but for a few along edges
-
-
-def read_mask(path: Path, num_classes: int = 1, ignore: int | None = None) -> tuple[np.ndarray, int]:
-    """A mask of the values 0 to `num_classes` or, of one class, of 0 and 255 or what comes near.
-
-    Returns:
-        uint8 (H, W) in {0, …, num_classes} or `IGNORED`; in which way it is odd, an index of `ODD`.
-
-    Raises:
-        DataError: as `read_image`, or it is no mask, or can be read in two ways.
-    """
-    values, odd = _mask_values(path, num_classes)
-    ignored = values == (-1 if ignore is None else ignore)
-    counts = np.bincount(values[~ignored], minlength=256)
-    present = np.flatnonzero(counts).tolist()
-    highest, below = max(present, default=0), [value for value in present[:-1] if value]
-    # Other values than the two are the traces of an edge or of a JPEG if they are near these and on both sides.
-    is_near = counts[NEAR : 256 - NEAR].sum() < 0.05 * values.size and highest > 127
-    if highest <= num_classes:
-        label = values.copy()
-    elif num_classes == 1 and highest > 127 and not below:
-        label, odd = (values == highest).astype(np.uint8), odd or int(highest < 255)
-    elif num_classes == 1 and is_near and any(value > 127 for value in below):
-        label, odd = (values > 127).astype(np.uint8), odd or 1
-    else:
-        meant = "0 and 255 (or 0 and 1)" if num_classes == 1 else f"0 to {num_classes}"
-        shown = ", ".join(map(str, present[:6])) + (", …" if len(present) > 6 else "")
-        two = highest == 255 and max(below, default=0) < 128
-        advice = "save it as PNG"
-        if two:  # readings
-            advice = "give IGNORE=255 if 255 is not to be looked at, or make the other values 0 if 255 is change"
-        raise DataError(
-            f"{path}: a mask holds {meant} alone where NUM_CLASSES={num_classes}, this one {shown}; {advice}"
-        )
-    label[ignored] = IGNORED
-    return label, odd
-
-
-def _mask_values(path: Path, num_classes: int) -> tuple[np.ndarray, int]:
-    """One number a pixel, uint8 (H, W), of a mask in greys, colours, a palette or many bits; its way of being odd."""
-    with open_image(path, mask=True) as image:
-        try:
-            see_through = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-            paletted, pixels = image.mode == "P", np.array(image)
-            colours = np.array(image.convert("RGB")) if paletted or pixels.ndim > 2 else None
-        except Exception as error:
-            raise DataError(f"{path}: damaged or cut short ({error}); replace the file") from error
-    if see_through:
-        raise DataError(f"{path}: partly transparent; a mask is opaque")
-    if colours is None and pixels.dtype in (np.uint8, bool):
-        return pixels.astype(np.uint8), 0
-    if colours is None:
-        least, most = pixels.min(), pixels.max()
-        if not (least >= 0 and np.isfinite(most)):
-            raise DataError(f"{path}: a mask holds no negative values, this one {least} to {most}")
-        if most < 256 and (pixels == np.floor(pixels)).all():
-            return pixels.astype(np.uint8), 0
-        return (pixels / most * 255).round().astype(np.uint8), 3
-    black = ~colours.any(-1)
-    if paletted and (num_classes > 1 or (pixels.max() < 2 and not black.any())):
-        return pixels, 0  # numbers, in whatever colours they are shown
-    values = (colours.max(-1) > 0) * np.uint8(255) if paletted else colours.max(-1)
-    if (colours == colours[..., :1]).all():
-        return (values if not paletted or colours.max() != 1 else colours[..., 0]), 0
-    hues = np.unique(colours[values > values.max() - NEAR] > (0 if paletted else 127), axis=0)
-    if num_classes > 1:
-        raise DataError(f"{path}: coloured; the classes of a mask are numbers, as grey values or of a palette")
-    if len(hues) != 1 or not black.any():
-        raise DataError(
-            f"{path}: a mask holds 0 and 255, or one colour on black, this one is a picture or holds several colours"
-        )
-    return values, 0 if hues.all() else 2
-
-
-NO_DATA, SUBFILE, BITS, PHOTOMETRIC, BANDS, EXTRA_BANDS = 42113, 254, 258, 262, 277, 338  # TIFF's tags
-RGB_PAGE, GREY_PAGE, MASK_PAGE = 2, 1, 4  # values of these
-
-
-def open_image(path: Path, mask: bool = False) -> Image.Image:
-    """The image with its header read and its kind checked, its pixels not decoded yet."""
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # beyond twice as many Pillow itself refuses
-    try:
-        image = Image.open(path)
-    except Image.UnidentifiedImageError as error:
-        image = _repaired_tiff(path)
-        if image is None:
-            kind = "no image that can be read" if Path(path).stat().st_size else "empty"
-            raise DataError(
-                f"{path}: can't be read as an image of one band or three ({kind}); replace it, or make it "
-                f"readable by gdal_translate -ot Byte -b 1 -b 2 -b 3 -co PHOTOMETRIC=RGB"
-            ) from error
-    except Exception as error:  # what Pillow's readers meet in a broken file, they raise
-        raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
-    try:
-        complaint = _complaint(path, image, mask)
-    except Exception as error:
-        raise DataError(f"{path}: can't be read as an image of one band or three ({error}); replace it") from error
-    if complaint:
-        image.close()
-        raise DataError(f"{path}: {complaint}")
-    return image
-
-
-class Tiff:
-    """The directories of a TIFF, also of the kinds that Pillow doesn't know; each has the places of its tags' entries.
-
-    Raises:
-        ValueError, struct.error: no TIFF, or a damaged one.
-    """
-
-    def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self.data[:2] not in (b"II", b"MM"):
-            raise ValueError("no TIFF")
-        self.order, self.big = "<" if self.data[:2] == b"II" else ">", 43 in self.data[2:4]
-        number, entry, pointer, at = ("Q", 20, "Q", 8) if self.big else ("H", 12, "I", 4)
-        self.directories: dict[int, dict[int, int]] = {}  # by their place in the file
-        while (place := self._read(pointer, at)) and place not in self.directories:
-            first = place + struct.calcsize(number)
-            at = first + self._read(number, place) * entry
-            self.directories[place] = {self._read("H", each): each for each in range(first, at, entry)}
-
-    def _read(self, kind: str, at: int) -> int:
-        return struct.unpack_from(self.order + kind, self.data, at)[0]
-
-    def value(self, directory: dict[int, int], tag: int) -> int:
-        """A short or long number that stands in its entry; 0 where it is missing."""
-        at = directory.get(tag)
-        return self._read("I" if self._read("H", at + 2) == 4 else "H", at + 8 + 4 * self.big) if at else 0
-
-    def pages(self) -> int:
-        """How many of the directories are images of the first one's size, and neither overviews nor masks."""
-        every = self.directories.values()
-        images = [(self.value(each, 256), self.value(each, 257)) for each in every if not self.value(each, SUBFILE)]
-        return images.count(images[0]) if images else 1
-
-    def image(self, place: int, photometric: int) -> Image.Image:
-        """What a directory holds, with another photometric interpretation; a band beyond three is left out."""
-        data, directory = bytearray(self.data), self.directories[place]
-        struct.pack_into(self.order + ("Q" if self.big else "I"), data, 8 if self.big else 4, place)
-        struct.pack_into(self.order + "H", data, directory[PHOTOMETRIC] + 8 + 4 * self.big, photometric)
-        if at := directory.get(EXTRA_BANDS):
-            if self.value(directory, BANDS) == 3:
-                struct.pack_into(self.order + "H", data, at, 65000)  # a private tag, which is passed over
-            else:
-                form = self.order + ("QHH" if self.big else "IHH")
-                struct.pack_into(form, data, at + 4, 1, 0, 0)  # one more, of no meaning
-        return Image.open(BytesIO(data))
-
-
-def _repaired_tiff(path: Path) -> Image.Image | None:
-    """A TIFF of three bands or four that calls itself grey, as GDAL writes them unless told otherwise, as RGB."""
-    with contextlib.suppress(OSError, ValueError, struct.error, LookupError, Image.UnidentifiedImageError):
-        tiff = Tiff(path)
-        place, directory = next(iter(tiff.directories.items()))
-        return tiff.image(place, RGB_PAGE) if tiff.value(directory, BANDS) in (3, 4) else None
-    return None
-
-
-def _void(path: Path, image: Image.Image) -> np.ndarray | None:
-    """Where a TIFF's own mask, a page of one bit, calls it void."""
-    with contextlib.suppress(ValueError, struct.error):
-        tiff = Tiff(path)
-        for place, directory in tiff.directories.items():
-            size = tiff.value(directory, 256), tiff.value(directory, 257)
-            if tiff.value(directory, SUBFILE) == MASK_PAGE and size == image.size:
-                with tiff.image(place, GREY_PAGE) as page:
-                    return np.asarray(page.convert("L")) == 0
-    return None
-
-
-def _complaint(path: Path, image: Image.Image, mask: bool) -> str | None:
-    """Why an image is of no use, from its header."""
-    if image.width * image.height > MAX_PIXELS:
-        return f"{image.width} × {image.height} pixels are more than {MAX_PIXELS:,}; cut it, or raise --max-pixels"
-    exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}  # else it would decode the PNG
-    if exif.get(ExifTags.Base.Orientation, 1) != 1:  # viewers turn it, and so does who labels it
-        return "turned by its orientation tag; save it upright, without the tag"
-    pages = Tiff(path).pages() if image.format == "TIFF" else getattr(image, "n_frames", 1)
-    if pages > 1:
-        return f"{pages} pages; save the one that is meant"
-    raw_mode = image.tile[0].args if image.tile else ""
-    raw_mode = raw_mode if isinstance(raw_mode, str) else str(raw_mode[0])
-    bits = getattr(image, "tag_v2", {}).get(BITS, 8)
-    deep = ";16" in raw_mode or image.mode[0] in "IF" or np.max(bits) > 8
-    if deep and not (mask and image.mode[0] in "IF"):  # Pillow drops the low byte of 16-bit colour in silence
-        return (f"more than 8 bits a band ({raw_mode or image.mode}); scale it to 8-bit RGB: "
-                "gdal_translate -ot Byte -scale")  # fmt: skip
-    if not deep and image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"):
-        return f"colour mode {image.mode}; convert it to 8-bit RGB"
-    if image.mode in ("1", "L", "LA") and not mask:
-        return "one band, grey; an image needs three, red, green and blue"
-    return None
-
-
-def connected_areas(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The areas of one class that hang together, by sides, not by corners, of an integer (H, W), 0 where there is none.
-
-    Returns:
-        int32 (H, W), 0 or the number of an area, from 1 on; and the class of each, (count,).
-    """
-    areas, classes = np.zeros(mask.shape, np.int32), np.zeros(0, mask.dtype)
-    for kind in range(1, int(mask.max(initial=0)) + 1):
-        found, count = ndimage.label(mask == kind)
-        found[found > 0] += len(classes)
-        areas += found
-        classes = np.append(classes, np.full(count, kind, mask.dtype))
-    return areas, classes
-
-
-class Objects:
-    """The changed objects of a label and of a prediction, and which of them are one.
-
-    Of one class both, they match where the intersection is at least half of the union; one to one, the best first.
+    In any form it becomes one band: the index of a palette (with one class: whether it isn't black), else the highest
+    of its colours. Values up to `num_classes` are classes; else, with one class, those above 127 are change, after more
+    than 8 bits were scaled. Pixels without data are ignored.
 
     Args:
-        predicted: (H, W), 0 where nothing changed, else the class.
-        label: likewise; what is 255 there counts as unchanged in both.
+        path: the mask.
+        num_classes: classes of change.
+        ignore: a value that marks pixels to ignore.
 
-    Attributes:
-        predicted, labelled: int32 (H, W), as of `connected_areas`.
-        right: bool, of each predicted object whether it is matched.
-        found: bool, of each labelled object.
+    Returns:
+        uint8 (H, W) in {0, …, num_classes} or `IGNORED`; how an odd mask was read, "" for a usual one.
+
+    Raises:
+        DataError: damaged, a picture, or to be read in two ways, as 0, 1 and 255 can be.
     """
+    bands, palette, opacity, top = _decode(Path(path), mask=True)
+    if palette is not None and num_classes == 1 and not palette[np.unique(bands)].any(-1).all():  # black is used
+        bands = palette[bands[..., 0]]
+        if 1 < bands.max() < 128:  # a dark colour
+            bands = bands * (255 // bands.max())
+    values, remarks = bands.max(-1), []
+    if bands.shape[-1] > 1 and (bands != bands[..., :1]).any():
+        if num_classes > 1:
+            raise DataError(f"{path}: coloured; the classes of a mask are numbers, as grey values or of a palette")
+        bright = bands[values > (NEAR if palette is not None else int(values.max()) - NEAR)]
+        hues = np.unique(bright > values.max() / 2, axis=0)
+        if len(hues) > 1 or values.all():
+            raise DataError(f"{path}: a mask holds 0 and 255, or one colour on black; this one is a picture")
+        if not hues.all():
+            remarks.append("are coloured: what isn't black is change")
+    void = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
+    if opacity is not None:
+        void |= opacity == 0
+    if void.any():
+        remarks.append("have pixels without data, which are ignored")
+    numbers = values[~void]
+    least, most = numbers.min(initial=0), numbers.max(initial=0)
+    if least < 0 or not np.isfinite(most):
+        raise DataError(f"{path}: a mask holds no negative or infinite values, this one {least + 0:g} to {most + 0:g}")
+    if most > 255 or (numbers % 1).any():
+        values = np.ceil(values / most * 255)  # only 0 becomes 0
+        remarks.append("have more than 8 bits: their highest value is change")
+    elif num_classes == 1 < most == top:
+        values = values * (255 // top)
+    values = np.where(void, 0, values).astype(np.uint8)
+    ignored = void if ignore is None else void | (values == ignore)
+    counts = np.bincount(values[~ignored], minlength=256)
+    second, highest = [0, 0, *np.flatnonzero(counts)][-2:]
+    # Edges and JPEG leave other values, too: few that are far from 0 and 255, and some near 255.
+    is_binary = second == 0 or (second > 127 and counts[NEAR : 256 - NEAR].sum() < 0.05 * values.size)
+    if highest <= num_classes:
+        label = values
+    elif num_classes == 1 and highest > 127 and is_binary:
+        label = (values > 127).astype(np.uint8)
+        if counts[1:255].any():
+            remarks.append("hold other values than 0 and 255: above 127 is change")
+    else:
+        meant = "0 and 255 (or 0 and 1)" if num_classes == 1 else f"0 to {num_classes}"
+        present = np.unique(bands.max(-1)[~ignored])
+        shown = ", ".join(f"{value:g}" for value in present[:6]) + (", …" if len(present) > 6 else "")
+        advice = "save it as PNG, with these values alone"
+        if highest == 255 and second < 128:
+            advice = "give IGNORE=255 if 255 is not to be looked at, or make the other values 0 if 255 is change"
+        raise DataError(f"{path}: a mask holds {meant} where NUM_CLASSES={num_classes}, this one {shown}; {advice}")
+    label[ignored] = IGNORED
+    return label, "; ".join(remarks)
 
-    def __init__(self, predicted: np.ndarray, label: np.ndarray):
-        counted = label != IGNORED
-        self.predicted, predicted_classes = connected_areas(predicted * counted)
-        self.labelled, labelled_classes = connected_areas(label * counted)
-        self.right, self.found = np.zeros(len(predicted_classes), bool), np.zeros(len(labelled_classes), bool)
-        both = (self.predicted > 0) & (self.labelled > 0)
-        pairs, overlap = np.unique(np.stack([self.predicted[both], self.labelled[both]]), axis=1, return_counts=True)
-        (ours, theirs), sizes = pairs, [np.bincount(each.ravel()) for each in (self.predicted, self.labelled)]
-        iou = overlap / (sizes[0][ours] + sizes[1][theirs] - overlap)
-        iou[predicted_classes[ours - 1] != labelled_classes[theirs - 1]] = 0
-        for i in (-iou).argsort(kind="stable"):
-            one, other = ours[i] - 1, theirs[i] - 1
-            if iou[i] >= 0.5 and not self.right[one] and not self.found[other]:
-                self.right[one] = self.found[other] = True
+
+def _decode(path: Path, mask: bool = False) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]:
+    """What a file holds, uninterpreted.
+
+    Returns:
+        The bands without alpha, (H, W, C); the colours of a palette, uint8 (n, 3), or None; the opacity, uint8 (H, W),
+        0 where void, or None; the highest value that fits into its bits if these are fewer than 8, else 255.
+    """
+    with open_image(path, mask) as image:
+        palette, opacity, top = None, None, 255
+        if isinstance(image, Image.Image):
+            bands, has_alpha = _pillow_array(image), image.has_transparency_data
+            if image.mode in ("LA", "PA", "RGBA"):
+                bands = bands[..., :-1]
+            if has_alpha:
+                opacity = np.array(image.convert("RGBA").getchannel("A"))
+            if image.mode in ("P", "PA"):
+                palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+            for bits, highest in ((2, 3), (4, 15)):
+                if f"L;{bits}" in str(image.tile):  # Pillow spreads them over 0 to 255
+                    bands, top = bands // (255 // highest), highest
+        else:
+            colours = [number for number, band in enumerate(image.colorinterp, 1) if band.name != "alpha"]
+            bands, palette, has_alpha = (
+                np.moveaxis(image.read(colours), 0, -1),
+                _palette(image),
+                len(colours) < image.count,
+            )
+            top = 2 ** int(image.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
+            if top == 1:  # GDAL gives a palette of black and white to these
+                bands, palette = palette[bands[..., 0]] // 255, None
+            if mask and image.nodata == 0:
+                print_once(f"{path.parent}: 0 is unchanged in the masks, though it is their no-data value")
+            elif image.mask_flag_enums[0][0].name != "all_valid":
+                opacity = image.read_masks(colours).max(0)
+        if mask and opacity is not None and opacity.min() < 255 and has_alpha:
+            raise DataError(f"{path}: partly transparent; a mask is opaque")
+        return bands, palette, opacity, top
+
+
+def _pillow_array(image: Image.Image) -> np.ndarray:
+    """The bands (H, W, C) of an image, in strips: Pillow's own way holds two copies beside it."""
+    array = None
+    for top in range(0, image.height, 256):
+        strip = np.atleast_3d(np.array(image.crop((0, top, image.width, min(top + 256, image.height)))))
+        if array is None:
+            array = np.empty((image.height, *strip.shape[1:]), np.uint8 if strip.dtype == bool else strip.dtype)
+        array[top : top + len(strip)] = strip
+    return array
+
+
+def _palette(image: DatasetReader) -> np.ndarray | None:
+    """The colours of a raster with a palette, uint8 (n, 3)."""
+    if image.colorinterp[0].name != "palette":
+        return None
+    return np.array(list(image.colormap(1).values()), np.uint8)[:, :3]
 
 
 def as_tensor(image: ImageLike) -> Tensor:
-    """(3, H, W), uint8 or float, of an image however it is given; DataError where it is something else."""
+    """An image in any of its forms as (3, H, W), uint8 or float32 in 0..1; DataError for anything else."""
     if isinstance(image, str | os.PathLike):
-        image = read_rgb(Path(image).expanduser())
+        image = read_image(Path(image).expanduser())[0]
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
-        image = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)
+        is_shared = image.flags.writeable and min(image.strides) > 0  # torch takes no others
+        image = torch.from_numpy(image if is_shared else image.copy()).permute(2, 0, 1)
     kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
     if not torch.is_tensor(image) or not re.match(r"torch\.(uint8|float\d*) \(3, \d+, \d+\)", kind):
         raise DataError(
             f"an image is a file, a PIL image, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W), not {kind}"
         )
-    if image.dtype != torch.uint8 and not -1e-3 <= image.min() <= image.max() <= 1.001:
+    if image.dtype == torch.uint8:
+        return image
+    if not -1e-3 <= image.min() <= image.max() <= 1.001:
         raise DataError(f"a float image is in 0..1, not {image.min():.3g} to {image.max():.3g}: divide it by 255")
-    return image if image.dtype == torch.uint8 else image.float()
+    return image.float()
 
 
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
-def say_once(line: str) -> None:
-    """Print a line, however often a split is read and however many processes read it."""
-    if line not in _said and os.environ.get("RANK", "0") == "0":
+def rank() -> int:
+    """The number of this process among those of torchrun; 0 logs and saves."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def announce(line: str) -> None:
+    """Print a line, in the first process only."""
+    if rank() == 0:
         print(line, flush=True)
-    _said.add(line)
 
 
-class Lines:
-    """Where a bar is drawn that no terminal shows: each state of it becomes a line of its own."""
-
-    def __init__(self, file: IO):
-        self.write = lambda text: file.write(text.strip() + "\n") if text.strip() else 0
-        self.flush = file.flush
+def print_once(line: str) -> None:
+    """Announce a line, but not a second time."""
+    if line not in _printed:
+        announce(line)
+    _printed.add(line)
 
 
 def progress(iterable: Iterable | None = None, **options: object) -> tqdm:
-    """A bar in a terminal; elsewhere, such as in a log, a line a minute; of the first process alone."""
-    options["disable"] = os.environ.get("RANK", "0") != "0"
-    if sys.stderr.isatty():
-        return tqdm(iterable, leave=False, **options)
-    return tqdm(
-        iterable, leave=False, file=Lines(sys.stderr), **options | {"delay": 60, "mininterval": 60, "miniters": 1}
-    )
+    """A progress bar in the terminal of the first process, elsewhere nothing."""
+    is_hidden = rank() > 0 or sys.stderr is None or not sys.stderr.isatty()
+    return tqdm(iterable, leave=False, disable=is_hidden, **options)
 
 
 def size_text(size: tuple[int, int]) -> str:
-    """Height and width as people write them."""
+    """Height and width as people write them: width × height."""
     return f"{size[1]} × {size[0]}"
 
 
-def _digits(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def short_hash(text: str) -> str:
+    """12 hexadecimal digits of a text."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
-    """A file to write, which is at `path` once all of it is on the disk; after an error the old one is still there.
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file to write, which replaces the one at `path` when all of it is on the disk, and never after an error.
 
     Raises:
         OSError: it can't be written; the message names the file.
     """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.part")  # other machines may write here at once
+    part = path.with_name(f".{uuid.uuid4().hex}.part")  # unique, also among machines that share a disk
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
     try:
-        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
         with open(part, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise OSError(f"{path}: can't be written ({error.strerror or error}); what was there is kept") from error
+        raise OSError(f"{path}: can't be written ({error.strerror or error})") from error
     finally:
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Scores from counts over a whole split, never averaged over batches; and the log that keeps them."""
+"""Scores from counts over a whole split, never averaged over batches; objects; and the log of a run's scores."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ import itertools
 import json
 import logging
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import torch
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
-from mlflow.tracking.context.registry import resolve_tags
+from mlflow.entities import Metric
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor, distributed
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from dataset import written_whole
+from dataset import IGNORED, atomic_write
 
-IGNORED = 255  # of a label, as in dataset.py
-STEP, MOST = 20, 160  # thresholds a unit of the logit, and how many there are on either side of 0
+STEP, MOST = 20, 160  # thresholds per unit of the logit, and how many there are on either side of 0
+EXPERIMENT = "LEVIRCD-FusionUNet"  # in MLflow
 
 
 class ChangeMetrics:
-    """Pixel counts of each class, gathered on the device, and the scores that follow from them, at any threshold.
+    """Pixel counts of each class, kept on the device, and the scores that follow from them at any threshold.
 
-    With one class positive, the others negative, from the counts TP, FP, FN over everything seen since `reset`:
+    For each class, from the counts TP, FP and FN of that class against the others, over everything since `reset`:
 
         dice (= F1)  2·TP / (2·TP + FP + FN)        precision  TP / (TP + FP)
         iou          TP / (TP + FP + FN)            recall     TP / (TP + FN)
-        accuracy     the share of the pixels that are given their class
+        accuracy     the share of pixels whose class is right
 
-    `dice`, `iou`, `precision` and `recall` are of the change class; of several, the mean over those in the label, and
-    `iou_1`, `dice_1`, … are each one's. `mean_dice` and `mean_iou` are means over all classes, unchanged too. A score
-    whose denominator is 0 is 1 where the class is neither in the label nor predicted, 0 otherwise.
+    `dice`, `iou`, `precision` and `recall` are of the change class; with several, the mean over those that are
+    labelled, and `iou_1`, `dice_1`, … are of each. `mean_dice` and `mean_iou` are means over all classes, unchanged
+    included. A score whose denominator is 0 is 1 if the class is neither labelled nor predicted, else 0.
 
-    What is kept is a histogram, not the probabilities: there are 321 thresholds, evenly spaced over the logits from -8
-    to 8, not over the probabilities, which crowd at 0 and 1. The middle one is a probability of 0.5.
+    What is kept is a histogram over 321 thresholds, evenly spaced over the logits from -8 to 8, since probabilities
+    crowd at 0 and 1. The middle one is a probability of 0.5.
 
     Args:
         num_classes: classes of change, K.
@@ -57,16 +56,16 @@ class ChangeMetrics:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything seen."""
-        # Pixels by likeliest class of change, label, and how many thresholds they passed; moves to the logits' device.
+        """Forget all counts."""
+        # Pixels by likeliest class of change, label and number of thresholds passed; moves to the device of the logits.
         self._counts = torch.zeros(self.num_classes, 1 + self.num_classes, len(self.LOGITS) + 1, dtype=torch.int64)
 
     def update(self, logits: Tensor, label: Tensor) -> None:
         """Count a batch. No host sync.
 
         Args:
-            logits: float (N, K, H, W), as in `CombinedIoULoss`; NaN counts as below all thresholds.
-            label: (N, 1, H, W) in {0, …, K}, on the same device; pixels of 255 count nowhere.
+            logits: float (N, K, H, W), as `FusionUNet` gives them; NaN counts as unchanged.
+            label: (N, 1, H, W) in {0, …, K} on the same device; pixels of 255 aren't counted.
         """
         logits = logits.detach().float().nan_to_num(nan=-torch.inf)
         change, kind = logits, 0
@@ -79,13 +78,10 @@ class ChangeMetrics:
         self._counts.view(-1).index_add_(0, cells.flatten(), counted.flatten())
 
     def compute(self, threshold: float = 0.5) -> dict[str, float]:
-        """The scores as plain floats in 0..1; one host sync.
-
-        Under torchrun all processes call this together, and have the scores of what all have seen.
+        """The scores, 0..1; one host sync. Several processes call this together and get the scores of all their counts.
 
         Args:
-            threshold: a pixel counts as changed where change is likelier than the nearest of the thresholds to this,
-                and then as its likeliest class.
+            threshold: probability of change above which a pixel counts as its likeliest class; the nearest of the 321.
 
         Raises:
             ValueError: nothing was counted yet.
@@ -101,9 +97,9 @@ class ChangeMetrics:
     def curve(self) -> dict[str, np.ndarray]:
         """The precision-recall curve: `threshold`, `precision`, `recall` and `iou`, float64 (322,) each.
 
-        The thresholds are probabilities and rise from 0, where everything counts as changed. Where nothing is
-        predicted any more, precision is 1. Of several classes, precision and recall are of all pixels that changed,
-        right where the class is, and `iou` is the mean.
+        Thresholds are probabilities, rising from 0, where everything counts as changed. Precision is 1 where nothing is
+        predicted. With several classes, precision and recall are of all changed pixels, right if their class is, and
+        `iou` is the mean.
         """
         passed = self._passed()
         tp, predicted, labelled = passed.diagonal(1, 1, 2), passed.sum(2), passed[0, :, 1:].sum(0)
@@ -115,50 +111,99 @@ class ChangeMetrics:
         }
 
     def average_precision(self) -> float:
-        """Precision averaged over the steps in recall, 0..1, as scikit-learn's; 0 where nothing is labelled."""
+        """Average precision as in scikit-learn, 0..1: precision averaged over recall; 0 where nothing is labelled."""
         curve = self.curve()
         return float(-np.diff(curve["recall"], append=0.0) @ curve["precision"])
 
     def best_threshold(self) -> float:
-        """The probability at which IoU is highest; of equals, the nearest to 0.5."""
+        """The probability threshold with the highest IoU, ties broken towards 0.5."""
         curve = self.curve()
         threshold, iou = curve["threshold"][1:], curve["iou"][1:]
         return float(threshold[np.lexsort([np.abs(threshold - 0.5), -iou])[0]])
 
     def _passed(self) -> np.ndarray:
-        """Pixels by likeliest class of change and label, float64 (322, K, 1 + K): all, then those above each step."""
+        """Pixels by likeliest class and label, float64 (322, K, 1 + K): all, then those above each threshold."""
         counts = self._counts.cpu().clone()  # the one host sync
         if distributed.is_initialized():
-            distributed.all_reduce(counts)  # on the CPU: who got no batch has its counts there
+            distributed.all_reduce(counts)  # on the CPU, where those of a process without a batch are
         if not counts.any():
             raise ValueError("no pixels were counted: call update first")
         return counts.double().flip(2).cumsum(2).flip(2).movedim(2, 0).numpy()
 
 
-def as_logits(probability: Tensor) -> Tensor:
-    """(N, K, H, W), as the metrics take it, of such probabilities; of (K, H, W) or (H, W), N, or N and K, is 1."""
-    probability = probability[(None,) * (4 - probability.ndim)]
-    unchanged = (1 - probability.sum(1, keepdim=True)).clamp(min=1e-8)  # else several classes tie at infinity
-    return (probability / unchanged).clamp(min=1e-8).log()  # finite, so that the loss is
+def to_classes(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """The class of each pixel, uint8 (H, W), from the probability of each class of change, (H, W) or (K, H, W).
+
+    It is the likeliest class where the probability of any change is above the threshold, else 0.
+    """
+    if probability.ndim == 2 or len(probability) == 1:
+        return (probability.reshape(probability.shape[-2:]) > threshold).view(np.uint8)
+    return np.where(probability.sum(0) > threshold, 1 + probability.argmax(0), 0).astype(np.uint8)
 
 
-def as_classes(logits: Tensor) -> Tensor:
-    """uint8 (N, H, W) of logits (N, K, H, W): 0, or the likeliest class where change is likelier than 0.5."""
-    return ((logits.logsumexp(1) > 0) * (1 + logits.argmax(1))).byte()
+def connected_components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 4-connected components of each class.
+
+    Args:
+        mask: integers (H, W), 0 for none, else the class.
+
+    Returns:
+        int32 (H, W), 0 or the number of a component, from 1; and the class of each, (count,).
+    """
+    components, classes = np.zeros(mask.shape, np.int32), []
+    for kind in range(1, int(mask.max(initial=0)) + 1):
+        found, count = ndimage.label(mask == kind)
+        components += np.where(found > 0, found + len(classes), 0)
+        classes += [kind] * count
+    return components, np.array(classes, mask.dtype)
+
+
+class Objects:
+    """The changed objects of a label and of a prediction, matched one to one.
+
+    Two of one class match if their IoU is at least 0.5; the best pairs go first.
+
+    Args:
+        predicted: (H, W), 0 where nothing changed, else the class.
+        label: likewise; pixels of 255 count as unchanged in both.
+
+    Attributes:
+        found: bool, for each labelled object whether it is matched.
+        right: bool, for each predicted object.
+    """
+
+    def __init__(self, predicted: np.ndarray, label: np.ndarray):
+        valid = label != IGNORED
+        predicted, predicted_classes = connected_components(predicted * valid)
+        labelled, labelled_classes = connected_components(label * valid)
+        self.right, self.found = np.zeros(len(predicted_classes), bool), np.zeros(len(labelled_classes), bool)
+        both = (predicted > 0) & (labelled > 0)
+        pairs, overlap = np.unique(np.stack([predicted[both], labelled[both]]), axis=1, return_counts=True)
+        sizes = np.bincount(predicted.ravel())[pairs[0]] + np.bincount(labelled.ravel())[pairs[1]]
+        iou = overlap / (sizes - overlap)
+        for i in (-iou).argsort(kind="stable"):
+            ours, theirs = pairs[:, i] - 1
+            is_same_class = predicted_classes[ours] == labelled_classes[theirs]
+            if iou[i] >= 0.5 and is_same_class and not self.right[ours] and not self.found[theirs]:
+                self.right[ours] = self.found[theirs] = True
 
 
 def object_scores(matched: int, labelled: int, predicted: int) -> dict[str, float]:
-    """Precision, recall and F1 of so many objects, and the counts; a score of nothing at all is 1."""
-    shares = {"object_precision": (matched, predicted), "object_recall": (matched, labelled),
-              "object_f1": (2 * matched, predicted + labelled)}  # fmt: skip
-    scores = {
-        name: part / whole if whole else float(labelled + predicted == 0) for name, (part, whole) in shares.items()
-    }
-    return scores | {"objects_labelled": labelled, "objects_predicted": predicted, "objects_matched": matched}
+    """Precision, recall and F1 of so many objects, 0..1, and the counts; 1 where there are no objects at all."""
+
+    def share(part: int, whole: int) -> float:
+        return part / whole if whole else float(labelled + predicted == 0)
+
+    return {
+        "object_precision": share(matched, predicted),
+        "object_recall": share(matched, labelled),
+        "object_f1": share(2 * matched, predicted + labelled),
+        "objects_labelled": labelled, "objects_predicted": predicted, "objects_matched": matched,
+    }  # fmt: skip
 
 
-def as_table(rows: dict[str, dict[str, float]]) -> str:
-    """Scores by row name as text of 80 columns, Dice under its other name, F1; two more columns a class of several."""
+def format_table(rows: dict[str, dict[str, float]]) -> str:
+    """Scores by row name as a table of text, Dice under its other name, F1."""
     names = [name.replace("dice", "F1").replace("iou", "IoU").replace("_", " ") for name in next(iter(rows.values()))]
     lines = [["", *names], *([title, *(f"{value:.4f}" for value in row.values())] for title, row in rows.items())]
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
@@ -166,12 +211,12 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def _mean_of_labelled(scores: np.ndarray, labelled: np.ndarray) -> np.ndarray:
-    """The mean over the last axis, classes; of those that are labelled, if any are."""
+    """The mean over the classes on the last axis, of those that are labelled if any are."""
     return scores[..., labelled > 0].mean(-1) if labelled.any() else scores.mean(-1)
 
 
 def _scores(confusion: np.ndarray) -> dict[str, float]:
-    """The scores of pixel counts (predicted, labelled)."""
+    """The scores that follow from pixel counts, (predicted, labelled)."""
     tp, predicted, labelled = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
 
     def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -193,15 +238,14 @@ def _scores(confusion: np.ndarray) -> dict[str, float]:
 
 
 class ScoreLog:
-    """What a run writes about its scores: metrics.csv, TensorBoard's events, and a run of MLflow's.
+    """The log of a run's scores: metrics.csv, TensorBoard's events and a run in MLflow.
 
-    As a context it tells MLflow how the run ended.
+    As a context manager it tells MLflow how the run ended.
 
     Args:
-        folder: the run's.
-        record: plain values that describe the run: `constants`, `id`, `demo`, `git`, and by split the fingerprints of
-            its `data`.
-        rows: the scores of the epochs that are done; what was logged of later ones is dropped.
+        folder: of the run.
+        record: what describes the run: `constants`, `id`, `demo`, `git`, and `data`, a fingerprint for each split.
+        rows: scores of the epochs done so far; what was logged of later ones is dropped.
 
     Raises:
         OSError: something can't be written.
@@ -211,34 +255,30 @@ class ScoreLog:
         self.folder, self.record, self.rows = folder, record, list(rows)
         self._writers: dict[str, SummaryWriter] = {}
         self._scores: dict[str, float] = {}
+        self._mlflow = MLflowRun(folder.name, record)
 
     def __enter__(self) -> ScoreLog:
-        """Take up the files as they were after the last of the rows."""
         is_new = not any(self.folder.glob("events*"))
-        self._write_rows()
+        self._write_csv()
         writer = self._writer("", int(self.rows[-1]["step"]) + 1 if self.rows else 1)
         if is_new:
             writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
             writer.flush()
-        self._mlflow = MLflowRun(self.folder.name, self.record)
+        self._mlflow.send(self.rows)
         return self
 
-    def send(self) -> None:
-        """Let MLflow have the epochs up to here, now that they are saved."""
-        self._mlflow.send(self.rows)
-
     def step(self, step: int, **values: float) -> None:
-        """Take in the loss and the learning rate of a step, for TensorBoard."""
+        """Log values of a training step, for TensorBoard."""
         for name, value in values.items():
             self._writer("").add_scalar(f"steps/{name}", value, step)
 
     def epoch(self, row: dict[str, float], picture: Path | None = None) -> None:
-        """Take in the next epoch's scores and picture, for the table and TensorBoard; `send` tells MLflow.
+        """Log the scores of the next epoch, and a picture; `send` passes them to MLflow.
 
-        In TensorBoard train and val are two runs, so that both are drawn in one chart.
+        For TensorBoard train and val are two runs, so that it draws both into one chart.
         """
-        self.rows.append({name: float(value) for name, value in row.items()})  # what a checkpoint may hold
-        self._write_rows()
+        self.rows.append({name: float(value) for name, value in row.items()})  # plain numbers, for the checkpoint
+        self._write_csv()
         epoch = len(self.rows)
         for name, value in row.items():
             split, _, score = name.partition("_")
@@ -251,18 +291,23 @@ class ScoreLog:
         for writer in self._writers.values():
             writer.flush()
 
+    def send(self) -> None:
+        """Pass the newest epoch to MLflow, now that it is saved; doesn't wait."""
+        self._mlflow.send(self.rows[-1:], first=len(self.rows))
+
     def scores(self, split: str, scores: dict[str, float]) -> None:
-        """Take in scores that the run ends with, of a split, or of "val_best", the best epoch's validation."""
-        self._scores |= (scores := {f"{split}/{name}": value for name, value in scores.items()})
-        self._mlflow.scores = self._scores
+        """Log scores that the run ends with, of a split or of "val_best", the best epoch's validation."""
+        scores = {f"{split}/{name}": value for name, value in scores.items()}
+        self._scores |= scores
         lines = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
         self._writer("").add_text(f"scores, {split}", "\n".join(["| score | |", "|---|---|", *lines]))
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         status = "FINISHED" if error is None else "FAILED" if issubclass(error, Exception) else "KILLED"
-        # Who kills a run doesn't wait for its files; RESUME sends them.
-        patterns = () if status == "KILLED" else ("best.pt", "*.json", "*.csv", "*.png", "predictions")
-        self._mlflow.end(self.rows, status, [file for pattern in patterns for file in self.folder.glob(pattern)])
+        # best.pt stays where it is: a copy of 100 MB would lie in mlruns/.
+        patterns = () if status == "KILLED" else ("*.json", "*.csv", "*.png", "predictions")
+        files = [file for pattern in patterns for file in self.folder.glob(pattern)]
+        self._mlflow.end(self.rows, self._scores, files, status)
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # the first error is the one to tell
             if error is None:
                 self._write_hparams()
@@ -270,13 +315,13 @@ class ScoreLog:
                 writer.close()
 
     def _writer(self, part: str, purge_step: int | None = None) -> SummaryWriter:
-        """TensorBoard's, of this folder or of one in it; what a killed run wrote from `purge_step` on is dropped."""
+        """TensorBoard's writer for a folder; drops what a killed run wrote from `purge_step` on."""
         if part not in self._writers:
             self._writers[part] = SummaryWriter(self.folder / part, purge_step=purge_step)
         return self._writers[part]
 
     def _write_hparams(self) -> None:
-        """The constants beside the scores that runs are compared by, for TensorBoard's table of runs."""
+        """The constants beside the scores by which runs are compared, for TensorBoard's table of runs."""
         finals = {name: value for name, value in self._scores.items() if name.endswith(("/iou", "/dice"))}
         constants = {name: value if value is not None else "None" for name, value in self.record["constants"].items()}
         writer = self._writer("")
@@ -285,139 +330,121 @@ class ScoreLog:
         for name, value in finals.items():
             writer.add_scalar(name, value)
 
-    def _write_rows(self) -> None:
+    def _write_csv(self) -> None:
         if not self.rows:
             return (self.folder / "metrics.csv").unlink(missing_ok=True)
         rows = [
-            {"epoch": epoch, **{name: f"{value:.6g}" for name, value in row.items()}}
+            {"epoch": epoch, **{name: f"{value:.{12 if name == 'time' else 6}g}" for name, value in row.items()}}
             for epoch, row in enumerate(self.rows, 1)
         ]
-        with written_whole(self.folder / "metrics.csv") as file:
+        with atomic_write(self.folder / "metrics.csv") as file:
             table = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)))
             table.writeheader()
             table.writerows(rows)
 
 
 class MLflowRun:
-    """A run's twin in MLflow. What can't be sent is sent later: after a minute, at the end, or when the run goes on.
+    """A run's twin in MLflow, kept by a thread of its own: no server holds up training, no Ctrl-C breaks a write.
+
+    Whatever is wrong with MLflow, the run goes on; one line says that it lacks something, and RESUME sends all again,
+    which changes nothing of what is there.
 
     Args:
         name: what MLflow calls the run.
         record: as in `ScoreLog`; the tag `id` finds the run again.
     """
 
-    EXPERIMENT = "LEVIRCD-FusionUNet"
-
     def __init__(self, name: str, record: dict):
-        self.name, self.record, self.scores = name, record, {}
-        self._run_id: str | None = None
-        self._sent = 0  # epochs
-        self._is_away, self._not_before = False, 0.0  # seconds
-        # Ctrl-C reaches the main thread alone: in it, a write that is cut off would keep mlflow.db locked.
-        self._sender = ThreadPoolExecutor(max_workers=1)
+        self.name, self.record = name, record
+        self._run: mlflow.ActiveRun | None = None
+        self._failed = False
+        self._thread = ThreadPoolExecutor(max_workers=1)
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what fails is told in one line
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own are 120, seven times over
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own is 120, tried eight times
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
-    def send(self, rows: Sequence[dict[str, float]]) -> None:
-        """Send the epochs that MLflow lacks, one request each; not within a minute of a failure."""
-        if time.monotonic() < self._not_before:
-            return
-        if (lacks := self._sender.submit(self._failure, rows).result()) and not self._is_away:
-            tqdm.write(f"MLflow doesn't answer ({lacks}); the run goes on, and what MLflow lacks is sent later")
-            self._is_away = True
+    def send(self, rows: Sequence[dict[str, float]], first: int = 1) -> None:
+        """Send epochs, the first of that number; after a failure nothing, until the end."""
+        if not self._failed:
+            self._thread.submit(self._send, list(rows), first)
 
-    def end(self, rows: Sequence[dict[str, float]], status: str, files: Sequence[Path]) -> None:
-        """Send what is missing, the scores that the run ends with, its files, and how it ended."""
-        if lacks := self._sender.submit(self._failure, rows, status, files).result():
-            again = "EVALUATE once more" if self.record["constants"].get("EVALUATE") else f"RESUME=runs/{self.name}"
-            tqdm.write(f"MLflow lacks a part of this run ({lacks}); {again} sends it")
+    def end(self, rows: Sequence[dict], scores: dict[str, float], files: Sequence[Path], status: str) -> None:
+        """Send all epochs again, the final scores, the files and how the run ended; wait until that is done."""
+        self._thread.submit(self._send, list(rows), 1, scores, files, status)
+        self._thread.shutdown()
 
-    def _failure(self, rows: Sequence[dict], status: str | None = None, files: Sequence[Path] = ()) -> str | None:
-        """Send; in a few words, why it failed."""
-        start = time.monotonic()
+    def _send(
+        self, rows: Sequence[dict], first: int, scores: dict | None = None, files: Sequence[Path] = (), status: str = ""
+    ) -> None:
         try:
-            client = _mlflow_client()
-            if self._run_id is None:
-                self._take_up(client)
-            for step, row in enumerate(rows[self._sent :], self._sent + 1):
-                self._log(client, {sectioned(name): value for name, value in row.items()}, step)
-                self._sent = step
+            self._run = self._run or self._start()
+            client, run_id = mlflow.MlflowClient(), self._run.info.run_id
+            for epoch, row in enumerate(rows, first):
+                when = int(1000 * row["time"])  # the same each time, so that a second sending adds nothing
+                metrics = [Metric(_sectioned(name), value, when, epoch) for name, value in row.items()]
+                client.log_batch(run_id, metrics)
+            if scores:
+                when = int(1000 * rows[-1]["time"]) if rows else 0
+                client.log_batch(run_id, [Metric(name, value, when, len(rows)) for name, value in scores.items()])
+            for file in files:
+                mlflow.log_artifact(str(file))
             if status:
-                has = client.get_run(self._run_id).data.metrics
-                lacking = {name: value for name, value in self.scores.items() if has.get(name) != value}
-                self._log(client, lacking, len(rows))
-                for file in files:
-                    client.log_artifact(self._run_id, str(file))
-                client.set_terminated(self._run_id, status)
-        except Exception as error:  # whatever is wrong with it, it is not worth a run
-            self._not_before = time.monotonic() + 60
-            return str(getattr(error.__cause__, "orig", error)).partition("\n")[0][:200]
-        if self._is_away:
-            tqdm.write("MLflow is back and has what it lacked")
-        self._is_away = False
-        self._not_before = time.monotonic() + 5 * (time.monotonic() - start)  # a slow one gets a sixth of the time
-        return None
+                mlflow.end_run(status)
+        except Exception as error:
+            if not self._failed or status:
+                again = "EVALUATE again" if self.record["constants"].get("EVALUATE") else f"RESUME=runs/{self.name}"
+                tqdm.write(f"MLflow lacks a part of this run ({_reason(error)}); {again} sends it")
+            self._failed = True
 
-    def _log(self, client: MlflowClient, row: dict[str, float], step: int) -> None:
-        now = int(1000 * time.time())
-        client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in row.items()])
-
-    def _take_up(self, client: MlflowClient) -> None:
-        """Find the run, or make it as `mlflow.start_run` and `mlflow.log_input` do; see which epochs it has."""
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self.EXPERIMENT
-        experiment = client.get_experiment_by_name(name)
-        if experiment and experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment.experiment_id)
-        where = experiment.experiment_id if experiment else client.create_experiment(name)
-        constants = self.record["constants"]
-        if found := client.search_runs([where], f"tags.id = '{self.record['id']}'"):
-            run = found[0]
-            client.update_run(run.info.run_id, status="RUNNING")
+    def _start(self) -> mlflow.ActiveRun:
+        """Find the run, or make it."""
+        create_database()
+        client, found = mlflow.MlflowClient(), []
+        experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if experiment_id is None and "MLFLOW_RUN_ID" not in os.environ:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+            experiment = client.get_experiment_by_name(name)
+            if experiment and experiment.lifecycle_stage == "deleted":
+                client.restore_experiment(experiment.experiment_id)
+            experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
+        if experiment_id is not None:
+            found = client.search_runs([experiment_id], f"tags.id = '{self.record['id']}'")
+        if found:
+            run = mlflow.start_run(found[0].info.run_id)
         else:
-            tags = resolve_tags({name: str(self.record[name]) for name in ("id", "demo", "git")})
-            run = client.create_run(where, run_name=os.environ.get("MLFLOW_RUN_NAME") or self.name, tags=tags)
-            source = str(Path(constants["DATA_DIR"]).resolve())
-            inputs = [
-                DatasetInput(
-                    Dataset(f"{constants['DATA_DIR']} {split}", digest, "local", json.dumps({"uri": source})),
-                    [InputTag("mlflow.data.context", split)],
-                )
-                for split, digest in self.record["data"].items()
-            ]
-            client.log_inputs(run.info.run_id, datasets=inputs)
-        place = Path(run.info.artifact_uri.removeprefix("file://"))
-        if place.is_absolute() and not os.environ.get("MLFLOW_TRACKING_URI") and Path.cwd() not in place.parents:
-            tqdm.write(
-                f"MLflow keeps files in {place.parent.parent}, where mlflow.db was made: remove or rename mlflow.db"
-            )
-        logged = run.data.params
-        missing = [Param(name, str(value)) for name, value in constants.items() if name not in logged]
-        client.log_batch(run.info.run_id, params=missing)
-        for name in logged.keys() & constants.keys():  # MLflow lets no parameter change: raised EPOCHS become a tag
-            if logged[name] != str(constants[name]):
-                client.set_tag(run.info.run_id, name, constants[name])
-        history = client.get_metric_history(run.info.run_id, "train/loss") if found else ()
-        self._sent = max((point.step for point in history), default=0)
-        self._run_id = run.info.run_id
+            name = os.environ.get("MLFLOW_RUN_NAME") or self.name
+            run = mlflow.start_run(experiment_id=experiment_id, run_name=name)
+        mlflow.set_tags({name: str(self.record[name]) for name in ("id", "demo", "git")})
+        mlflow.set_tags({f"data.{split}": digest for split, digest in self.record["data"].items()})
+        logged = found[0].data.params if found else {}
+        constants = self.record["constants"].items()
+        mlflow.log_params({name: value for name, value in constants if name not in logged})
+        # MLflow lets no parameter change: raised EPOCHS become a tag.
+        mlflow.set_tags({name: value for name, value in constants if logged.get(name, str(value)) != str(value)})
+        return run
 
 
-def sectioned(name: str) -> str:
-    """`train_loss` → `train/loss`, as MLflow has a section for each; other names as they are."""
-    return name.replace("_", "/", name.startswith(("train_", "val_")))
-
-
-def _mlflow_client() -> MlflowClient:
-    """For the server that MLFLOW_TRACKING_URI names, or mlflow.db, a file that is made whole or not at all.
-
-    MLflow would leave half a database behind where two runs make one together, or one is killed while it does.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+def create_database() -> None:
+    """Make mlflow.db at once or not at all: MLflow leaves half of one if it is killed meanwhile."""
+    uri = mlflow.get_tracking_uri()
     file = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not file.exists():
-        part = Path(f"{file}.{os.getpid()}.part")
-        MlflowClient(f"sqlite:///{part}")
-        with contextlib.suppress(FileExistsError):  # another run was first
-            os.link(part, file)
+    if not uri.startswith("sqlite:///") or file.exists():
+        return
+    part = file.with_name(f"{file.name}.{os.urandom(6).hex()}.part")
+    mlflow.MlflowClient(f"sqlite:///{part}").search_experiments()
+    try:
+        os.link(part, file)  # which fails where another run was first
         part.unlink()
-    return MlflowClient(uri)
+    except FileExistsError:
+        part.unlink()
+    except OSError:  # a disk without hard links
+        os.replace(part, file)
+
+
+def _sectioned(name: str) -> str:
+    """`train_loss` → `train/loss`, as MLflow has a section for each split; other names as they are."""
+    return name.replace("_", "/", 1) if name.startswith(("train_", "val_")) else name
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error.__cause__, "orig", error)).partition("\n")[0][:200]

@@ -1,8 +1,8 @@
-"""Fetches LEVIR-CD (2.5 GB) and unpacks it to data/train, data/val and data/test.
+"""Downloads LEVIR-CD (2.5 GB) and unpacks it to data/train, data/val and data/test.
 
     python data/download.py [FOLDER]
 
-What is there already is skipped, so a broken download goes on where it stopped, an archive at a time.
+A split that exists is skipped, so an interrupted download continues with the archive it had reached.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import os
 import shutil
 import sys
-import urllib.error
 from pathlib import Path
 
 from torchvision.datasets.utils import download_and_extract_archive
@@ -25,42 +24,30 @@ MD5 = {
 
 
 class DownloadError(RuntimeError):
-    """An archive that can't be fetched or isn't the one expected; the message says what to do."""
+    """An archive that can't be downloaded or unpacked."""
 
 
 def download(folder: str | os.PathLike, url: str = URL, md5: dict[str, str] = MD5) -> None:
-    """Make `folder/SPLIT/{A,B,label}` from the archives `url/SPLIT.zip`; a split folder that is there is kept as is.
-
-    Args:
-        folder: made where missing.
-        url: where the archives lie.
-        md5: the archives' checksums, by split.
+    """Make `folder/SPLIT/{A,B,label}` from `url/SPLIT.zip`, for each split whose checksum `md5` gives.
 
     Raises:
-        DownloadError: an archive can't be fetched, or its checksum differs.
+        DownloadError: an archive can't be downloaded or unpacked, or its checksum differs.
     """
     for split, checksum in md5.items():
-        archive, target, part = f"{url}/{split}.zip", Path(folder, split), Path(folder, f"{split}.part")
+        archive, target, unfinished = f"{url}/{split}.zip", Path(folder, split), Path(folder, f"{split}.part")
         if target.is_dir():
-            print(f"{target} is there already")
+            print(f"{target} exists already")
             continue
-        shutil.rmtree(part, ignore_errors=True)  # left by a run that was stopped while unpacking
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was stopped while unpacking
         try:
-            download_and_extract_archive(archive, folder, part, md5=checksum, remove_finished=True)
-        except (urllib.error.URLError, OSError) as error:
-            raise DownloadError(f"{archive}: can't be fetched ({error}); try again, or see data/README.md") from error
-        except RuntimeError as error:
-            raise DownloadError(
-                f"{Path(folder, split)}.zip: its MD5 isn't {checksum}: cut short, or another file; "
-                "run this again to fetch it anew"
-            ) from error
-        except Exception as error:  # what zipfile meets in a broken archive
-            raise DownloadError(f"{Path(folder, split)}.zip: can't be unpacked ({error}); fetch it anew") from error
-        os.replace(part, target)
+            download_and_extract_archive(archive, folder, unfinished, md5=checksum, remove_finished=True)
+        except Exception as error:  # a network, a disk and a broken archive raise many kinds
+            raise DownloadError(f"{archive}: {error}; run this again, or see data/README.md") from error
+        os.replace(unfinished, target)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetch LEVIR-CD, 2.5 GB, and unpack it; what is there is skipped.")
+    parser = argparse.ArgumentParser(description="Download LEVIR-CD (2.5 GB) and unpack the splits that are missing.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent, help="(data)")
     try:
         download(parser.parse_args().folder)

@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch comes: idle threads leave the cores to what else runs
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: faster on such small data, beside other processes
 
 import multiprocessing
 import runpy
@@ -12,19 +12,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
 
 def write_pair(folder: Path, stem: str, image_a, image_b, label, suffix: str = ".png") -> None:
-    """Write one pair of arrays as the three files of `folder`, a split."""
+    """Write one pair of arrays as the three files of a split's folder."""
     for name, array in (("A", image_a), ("B", image_b), ("label", label)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(folder / name / f"{stem}{suffix}")
@@ -51,29 +49,83 @@ def write_tiny(folder: Path) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """Those splits, in a folder of the test's own."""
     return write_tiny(tmp_path / "tiny")
 
 
-def pytest_sessionstart() -> None:
-    """Let that process import while the tests do."""
-    forkserver.ensure_running()
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real LEVIR-CD pairs; tests that ask for it are skipped without."""
+    if "LEVIR_CD_DIR" not in os.environ:
+        pytest.skip("LEVIR_CD_DIR names no real pairs")
+    return Path(os.environ["LEVIR_CD_DIR"])
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory) -> str:
+    """One MLflow database for all tests: making one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch, tracking_uri):
+    """Runs go to the test's own folder and to that database."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+
+
+# Processes are forked from a server that has imported everything, and so start at once.
+os.environ["PYTHONPATH"] = str(ROOT)
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["main", "mlflow.store.tracking.sqlalchemy_store"])
+
+
+def start_main(**constants: object) -> multiprocessing.Process:
+    """`python main.py` with these constants, in a process of its own."""
+    return start("main.py", *(f"{name}={value}" for name, value in constants.items()))
+
+
+def start(script: str, *arguments: object, **environment: str) -> multiprocessing.Process:
+    """`python SCRIPT ARGUMENTS`, started in the working folder, its output appended to output.txt."""
+    process = PROCESSES.Process(target=_run, args=([script, *map(str, arguments)], os.environ | environment))
+    process.start()
+    return process
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for the workers of its loaders, as without this server
+    os.environ.update(environment)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(output, stream.fileno())
+    sys.argv = command
+    runpy.run_path(f"{ROOT}/{command[0]}", run_name="__main__")
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def as_torchrun(processes: int) -> list[dict[str, str]]:
+    """The environment of each of the processes that torchrun would start here."""
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 class Server:
-    """`mlflow server` on loopback, started."""
+    """`mlflow server` on this machine, in a process group of its own."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        port = self.url.rpartition(":")[2]
-        command = ["mlflow", "server", "--workers=1", "--port", port, "--backend-store-uri", "sqlite:///server.db"]
-        command += ["--no-serve-artifacts", "--default-artifact-root", str(self.folder / "artifacts")]
-        with open(self.folder / "server.txt", "a") as log:
+        self.folder, port = folder, free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = ["mlflow", "server", "--workers=1", "--port", port, "--backend-store-uri=sqlite:///server.db"]
+        command += ["--no-serve-artifacts", f"--default-artifact-root={folder}/artifacts"]
+        with open(folder / "server.txt", "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "-m", *command], cwd=folder, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait(self) -> None:
@@ -94,7 +146,6 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A server that may not be up yet."""
     server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.signal(signal.SIGKILL)
@@ -104,9 +155,9 @@ def server(tmp_path_factory):
 def killed_runs(tmp_path_factory, tracking_uri):
     """tests/kill_and_resume.py at work: the process, its output."""
     output = tmp_path_factory.mktemp("killed") / "output.txt"
+    command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "2"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri}
     with open(output, "w") as file:
-        command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "2"]
-        environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri}
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     yield process, output
     if process.poll() is None:
@@ -114,72 +165,8 @@ def killed_runs(tmp_path_factory, tracking_uri):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def begin_what_takes_long(request):
-    """It goes on beside the other tests, if one that will be run asks for it."""
+def start_what_takes_long(request):
+    """These go on beside the other tests, if one that will be run asks for them."""
     for name in ("killed_runs", "server"):
         if any(name in item.fixturenames for item in request.session.items):
             request.getfixturevalue(name)
-
-
-@pytest.fixture(scope="session")
-def real() -> Path:
-    """The folder of real LEVIR-CD pairs; tests that ask for it are skipped without."""
-    if "LEVIR_CD_DIR" not in os.environ:
-        pytest.skip("LEVIR_CD_DIR names no real pairs")
-    return Path(os.environ["LEVIR_CD_DIR"])
-
-
-@pytest.fixture(scope="session")
-def tracking_uri(tmp_path_factory) -> str:
-    """One MLflow database for all tests: making one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch, tracking_uri):
-    """Runs write below the working folder, and into one MLflow database; one thread is faster on what is so small."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# They are forked from a process that has imported everything, and so start at once.
-os.environ["PYTHONPATH"] = str(ROOT)
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["main", "mlflow.store.tracking.sqlalchemy_store"])
-
-
-def start_main(**constants: object) -> multiprocessing.Process:
-    """`python main.py` with these constants, in a process of its own."""
-    return start("main.py", *(f"{name}={value}" for name, value in constants.items()))
-
-
-def start(script: str, *arguments: object, **environment: str) -> multiprocessing.Process:
-    """`python SCRIPT ARGUMENTS`, started in the working folder, its output appended to output.txt."""
-    environment = os.environ | environment
-    process = PROCESSES.Process(target=_run, args=(script, *map(str, arguments)), kwargs=environment)
-    process.start()
-    return process
-
-
-def as_torchrun(processes: int) -> list[dict[str, str]]:
-    """The environment of each of the processes that torchrun would start here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    of_all = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(processes)]
-
-
-def _run(*command: str, **environment: str) -> None:
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers, as in a process of its own
-    os.environ.update(environment)
-    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))  # torch is there already
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    sys.argv = list(command)
-    runpy.run_path(f"{ROOT}/{command[0]}", run_name="__main__")

@@ -1,16 +1,16 @@
-"""Kills runs at random moments, resumes them, and compares what they end with to a run that nobody killed.
+"""Kills runs at random moments, resumes them, and compares their results with those of a run that nobody killed.
 
     python tests/kill_and_resume.py [KILLS] [SEED]
 
-Each run is a real one, on a few tiny pairs: it is killed with SIGKILL, wherever it is, and taken up again in the same
-way until it ends. Its weights and scores must be those of a run that nobody disturbed, but for a twin started together
-with it, and each epoch must be in TensorBoard and in MLflow once.
+Each run is a real one, on a few tiny pairs. It is killed with SIGKILL, wherever it is, and resumed until it ends. Its
+weights and scores must equal those of an undisturbed run to the bit, and TensorBoard and MLflow hold each epoch once.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import start_main, write_tiny
@@ -33,30 +32,29 @@ CONSTANTS = {
 }  # fmt: skip
 
 
-def result(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], str, str]:
-    """What must agree to the bit: both checkpoints' weights, metrics.csv but for times, the test split's scores."""
+def results(name: str) -> dict[str, object]:
+    """What must be equal to the bit, by the file that holds it."""
     folder = Path("runs", name)
-    last, best = (torch.load(folder / file, weights_only=True)["model"] for file in ("last.pt", "best.pt"))
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [{name: value for name, value in row.items() if "second" not in name} for row in csv.DictReader(file)]
-    return last, best, json.dumps(rows), (folder / "test_metrics.json").read_text()
+    found: dict[str, object] = {"test_metrics.json": (folder / "test_metrics.json").read_text()}
+    for file in ("last.pt", "best.pt"):
+        weights = torch.load(folder / file, weights_only=True)["model"]
+        found[file] = {key: tensor.numpy().tobytes() for key, tensor in weights.items()}
+    with open(folder / "metrics.csv", newline="") as file:  # but for times
+        found["metrics.csv"] = [
+            [row[key] for key in row if key != "time" and "second" not in key] for row in csv.DictReader(file)
+        ]
+    return found
 
 
 def differences(name: str, other: str) -> list[str]:
-    """In what two runs differ, and what is wrong with the logs of the first."""
-    titles = ("last.pt", "best.pt", "metrics.csv", "test_metrics.json")
-    pairs = zip(titles, result(name), result(other), strict=True)
-    return [title for title, ours, theirs in pairs if not equal(ours, theirs)] + wrong_steps(name)
-
-
-def equal(ours: object, theirs: object) -> bool:
-    """To the bit, tensors by name too."""
-    return ours == theirs if isinstance(ours, str) else all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    """The files in which two runs differ, and what is wrong with the logs of the first."""
+    ours, theirs = results(name), results(other)
+    return [file for file in ours if ours[file] != theirs[file]] + wrong_steps(name)
 
 
 def wrong_steps(name: str) -> list[str]:
-    """Where TensorBoard or MLflow lack an epoch of metrics.csv, or have it twice."""
-    with open(Path("runs", name, "metrics.csv")) as file:
+    """Where TensorBoard or MLflow lack an epoch of metrics.csv or have it twice, and MLflow's status if unfinished."""
+    with open(Path("runs", name, "metrics.csv"), newline="") as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
     logged = {}
     for split in ("train", "val"):
@@ -67,55 +65,53 @@ def wrong_steps(name: str) -> list[str]:
     record = json.loads(Path("runs", name, "constants.json").read_text())
     (run,) = client.search_runs([experiment], f"tags.id = '{record['id']}'")
     logged["MLflow"] = [point.step for point in client.get_metric_history(run.info.run_id, "val/iou")]
-    found = [f"{title}: steps {steps}" for title, steps in logged.items() if steps != epochs]
+    found = [f"{log}: steps {steps}" for log, steps in logged.items() if steps != epochs]
     return found + ([f"MLflow: {run.info.status}"] if run.info.status != "FINISHED" else [])
 
 
-def kill_and_resume(kills: int, seed: int = 0, **constants: object) -> list[str]:
-    """Kill a run again and again, in the working folder; the differences found, none if all is well."""
+def start(name: str, workers: int = 0) -> multiprocessing.Process:
+    """Start a run, or resume it if an earlier process got as far as recording its constants."""
+    folder = Path("runs", name)
+    if (folder / "constants.json").exists():
+        return start_main(RESUME=folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return start_main(**CONSTANTS | {"RUN_NAME": name, "NUM_WORKERS": workers})
+
+
+def kill_and_resume(kills: int = 20, seed: int = 0) -> list[str]:
+    """Kill and resume runs in the working folder, `kills` times in all; returns the differences found."""
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/mlflow.db")
     write_tiny(Path("tiny"))
-    constants = CONSTANTS | constants
-    whole = [start_main(RUN_NAME=name, **constants) for name in ("whole", "twin")]
-    while not Path("runs").exists() and whole[0].is_alive():
+    undisturbed = [start(name) for name in ("whole", "twin")]  # at once: neither may disturb the other
+    while not Path("runs").exists() and undisturbed[0].is_alive():  # the imports are no part of a run's duration
         time.sleep(0.01)
-    began = time.monotonic()
-    for process in whole:
+    started = time.monotonic()
+    for process in undisturbed:
         process.join()
         assert process.exitcode == 0, Path("output.txt").read_text()
-    duration = (time.monotonic() - began) / 2  # of one that has the machine for itself
-    found = [f"twin: {difference}" for difference in differences("twin", "whole") + wrong_steps("whole")]
-    rng, number, left = np.random.default_rng(seed), 0, kills
-    with tqdm(total=kills, unit="kill", disable=None) as bar:
-        while left:
-            number += 1
-            name, moments = f"killed_{number}", []
-            while True:
-                known = Path("runs", name, "constants.json").exists()  # else it was killed before there was a run
-                first = constants | {"RUN_NAME": name, "NUM_WORKERS": number % 2}
-                process = start_main(**{"RESUME": f"runs/{name}"} if known else first)
-                delay = rng.uniform(0, duration) if left else None
-                process.join(delay)
-                if process.exitcode is not None:
-                    break
-                process.kill()
-                process.join()
-                moments.append(round(delay, 2))
-                left -= 1
-                bar.update()
-                if not known and not Path("runs", name, "constants.json").exists() and Path("runs", name).exists():
-                    shutil.rmtree(Path("runs", name))
-            wrong = [f"exit code {process.exitcode}"] * (process.exitcode != 0) or differences(name, "whole")
-            tqdm.write(f"{name}: killed after {moments or 'no'} seconds, then {', '.join(wrong) or 'equal'}")
-            found += wrong
-            left = 0 if wrong else left
+    duration = (time.monotonic() - started) / 2  # seconds, of one run alone
+    found = wrong_steps("whole") + differences("twin", "whole")
+
+    rng, number = np.random.default_rng(seed), 0
+    while kills and not found:
+        number += 1
+        name = f"killed_{number}"
+        process = start(name, number % 2)
+        process.join(rng.uniform(0, duration))
+        while process.is_alive() and kills:
+            process.kill()
+            process.join()
+            kills -= 1
+            process = start(name, number % 2)
+            process.join(rng.uniform(0, duration) if kills else None)
+        found = [f"exit code {process.exitcode}"] if process.exitcode else differences(name, "whole")
+        print(f"{name}: {', '.join(found) or 'equal'}; kills left: {kills}", flush=True)
     return found
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-        found = kill_and_resume(kills, *map(int, sys.argv[2:]))
-        print(Path("output.txt").read_text() if found else f"{kills} kills, every resumed run equal to the bit")
+        found = kill_and_resume(*map(int, sys.argv[1:]))
+        print(Path("output.txt").read_text() if found else "all equal to the bit")
         sys.exit(bool(found))

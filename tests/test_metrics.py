@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from metrics import ChangeMetrics, as_logits, object_scores
+from dataset import IGNORED
+from metrics import ChangeMetrics, Objects, object_scores, to_classes
 
 
 def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
@@ -75,13 +76,11 @@ def test_a_class_that_is_nowhere_labelled_does_not_count():
     assert metrics.curve()["iou"][161] == 0.5
 
 
-def test_probabilities_give_their_logits_back():
-    logits = torch.tensor([[5.0, 20.0], [-3.0, 2.0], [30.0, 40.0]]).T.view(1, 2, 1, 3)
-    probability = torch.nn.functional.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(1)[0, 1:]
-    again = as_logits(probability)
-    assert torch.equal(again.argmax(1), logits.argmax(1)) and (again.logsumexp(1) > 0).all()
-    torch.testing.assert_close(again[..., 1], logits[..., 1])
-    assert as_logits(torch.tensor([[0.0, 0.25, 1.0]]))[0, 0, 0] == pytest.approx([-18.42, -1.0986, 18.42], abs=1e-3)
+def test_a_pixel_is_its_likeliest_class_where_change_is_likely():
+    probability = np.array([[0.2, 0.4, 0.6, 0.3], [0.2, 0.2, 0.1, 0.4]]).reshape(2, 2, 2)
+    assert to_classes(probability).tolist() == [[0, 1], [1, 2]]
+    assert to_classes(probability, 0.65).tolist() == [[0, 0], [1, 2]]
+    assert to_classes(probability[0]).tolist() == to_classes(probability[:1]).tolist() == [[0, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("classes", [1, 3])
@@ -227,3 +226,60 @@ def test_scores_of_objects():
     nothing, missed = object_scores(0, 0, 0), object_scores(0, 2, 0)
     assert nothing["object_precision"] == nothing["object_recall"] == nothing["object_f1"] == 1
     assert missed["object_precision"] == missed["object_recall"] == missed["object_f1"] == 0
+
+
+def matched_by_force(predicted: np.ndarray, label: np.ndarray) -> tuple[int, int, int]:
+    """Matched, labelled and predicted objects, by flood fill and by comparing all with all."""
+
+    def objects(mask: np.ndarray) -> list[tuple[int, frozenset]]:
+        left, found = {(y, x): int(mask[y, x]) for y, x in np.argwhere(mask).tolist()}, []
+        while left:
+            start, kind = left.popitem()
+            area, queue = {start}, [start]
+            while queue:
+                y, x = queue.pop()
+                for near in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                    if left.get(near) == kind:
+                        del left[near]
+                        area.add(near)
+                        queue.append(near)
+            found.append((kind, frozenset(area)))
+        return found
+
+    ours, theirs = objects(predicted), objects(label)
+    ious = sorted(
+        ((len(a & b) / len(a | b), i, j) for i, (k, a) in enumerate(ours) for j, (c, b) in enumerate(theirs) if k == c),
+        reverse=True,
+    )
+    taken: set[tuple[str, int]] = set()
+    for iou, i, j in ious:
+        if iou >= 0.5 and not {("ours", i), ("theirs", j)} & taken:
+            taken |= {("ours", i), ("theirs", j)}
+    return len(taken) // 2, len(theirs), len(ours)
+
+
+def test_objects_match_as_by_brute_force():
+    rng, matched = np.random.default_rng(0), 0
+    for _ in range(100):
+        shape = rng.integers(1, 14, 2)
+        label = ((rng.random(shape) < 0.5) * rng.integers(1, 3, shape)).astype(np.uint8)
+        predicted = np.where(rng.random(shape) < 0.15, rng.integers(0, 3, shape), label).astype(np.uint8)
+        objects = Objects(predicted, label)
+        got = int(objects.found.sum()), len(objects.found), len(objects.right)
+        assert got == matched_by_force(predicted, label) and objects.right.sum() == objects.found.sum()
+        matched += got[0]
+    assert matched > 300
+
+
+def test_objects_worked_by_hand():
+    label, predicted = np.zeros((2, 6, 12), np.uint8)
+    label[0:2, 0:4] = label[4:6, 0:4] = 1
+    predicted[0:6, 0:4] = 1  # one covers two: 8 of 24 pixels are either's
+    label[0:2, 8:12] = predicted[0:1, 8:12] = 1  # half of it
+    objects = Objects(predicted, label)
+    assert (objects.found.sum(), len(objects.found), len(objects.right)) == (1, 3, 2)
+    label[0:2, 8:12] = IGNORED
+    objects = Objects(predicted, label)
+    assert (objects.found.sum(), len(objects.found), len(objects.right)) == (0, 2, 1)
+    nothing = Objects(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8))
+    assert len(nothing.found) == len(nothing.right) == 0
