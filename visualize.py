@@ -326,7 +326,7 @@ def _files_to_write(mask: Path, is_folder: bool, options: argparse.Namespace) ->
         files["polygons"] = mask.with_suffix(".geojson")
     if mask.suffix.lower() not in (".png", ".tif", ".tiff"):
         raise DataError(f"--out {mask}: must be a .png or .tif")
-    if os.path.exists(mask) and _read_row(mask) is None:
+    if _read_row(mask) == {}:
         raise DataError(f"{mask}: is there already, and no mask of this program; name another --out")
     for file in (*files.values(), _world_file(mask)):
         if not is_folder and not options.overwrite and file.exists():  # a folder's may be of a run that was stopped
@@ -436,11 +436,16 @@ def _reduced(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _read_row(mask: Path) -> dict | None:
-    """The row of the summary that a mask carries; None if it isn't one that was written whole by this program."""
-    with contextlib.suppress(Exception), Image.open(mask) as image:
-        image.load()
-        return dict(json.loads(image.tag_v2[DESCRIPTION] if image.format == "TIFF" else image.info["Description"]))
-    return None
+    """The row of the summary that a mask carries; empty for another image, None where there is no whole image."""
+    try:
+        with Image.open(mask) as image:
+            image.load()
+            text = image.tag_v2.get(DESCRIPTION) if image.format == "TIFF" else image.info.get("Description")
+    except Exception:  # Pillow raises what it meets in a broken file
+        return None
+    with contextlib.suppress(TypeError, ValueError):
+        return dict(json.loads(text))
+    return {}
 
 
 def _write_summary(folder: Path) -> None:
