@@ -90,7 +90,7 @@ DEMO = {"DATA_DIR": "data/demo", "WEIGHTS": None, "BATCH_SIZE": 4, "EPOCHS": 3, 
 # The types of the constants, by their annotations; where an edit has dropped one, that of the value.
 CONSTANTS = [name for name in globals() if name.isupper() and name not in ("IGNORED", "LEVIRCD", "DEMO")]
 TYPES = {name: type(globals()[name]) for name in CONSTANTS} | typing.get_type_hints(sys.modules[__name__])
-MAY_CHANGE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS", "RESUME")  # of a resumed run
+MAY_CHANGE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS", "RESUME")  # when a run is resumed
 
 PROTOCOL_CROP = 256  # side in pixels of the tiles on which published scores are computed
 READ_EVERY = 20  # steps between two readings of the loss, for which the host waits for the GPU
@@ -483,7 +483,9 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         folder = Path(evaluated) if Path(evaluated).is_dir() else Path(evaluated).parent
         if (folder / "constants.json").exists():
             own = {name: config[name] for name in ("EVALUATE", "SPLIT", "RUN_NAME", "DEVICE", "NUM_WORKERS", "TTA")}
-            config |= read_record(folder)["constants"] | own | given
+            trained = read_record(folder)
+            config |= trained["constants"] | own | given
+            record["demo"] = trained["demo"] and "DATA_DIR" not in given
     elif config["DATA_DIR"] == "data" and "DATA_DIR" not in given and not has_data(config["FOLDERS"]):
         record["demo"] = True
         folder = DEMO["DATA_DIR"] + ("_classes" if config["NUM_CLASSES"] > 1 else "")
@@ -586,7 +588,8 @@ def open_run(config: SimpleNamespace, record: dict, rows: list[dict]) -> Iterato
     except (FloatingPointError, torch.OutOfMemoryError):  # which would come again
         raise
     except BaseException:
-        announce(f"to continue this run: python main.py RESUME={shlex.quote(str(folder))}")
+        if config.EVALUATE is None:
+            announce(f"to continue this run: python main.py RESUME={shlex.quote(str(folder))}")
         raise
 
 
