@@ -35,10 +35,7 @@ if TYPE_CHECKING:
 
 FOLDERS = ("A", "B", "label")  # of a split: images before, images after, masks
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-SYSTEM_FOLDERS = {
-    "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "$RECYCLE.BIN", "System Volume Information",
-    "__MACOSX", "lost+found",
-}  # fmt: skip
+SYSTEM_FOLDERS = re.compile(r"[.@#$]|__MACOSX|lost\+found|System Volume Information")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GEOTAGS = {33550, 33922, 34264, 34735, 42113, 50844}  # of a TIFF that has a place (OGC 19-008r4), no-data value or RPC
 PILLOW_BANDS = {
@@ -62,9 +59,8 @@ class LEVIRCD(Dataset):
     An item is `(image_a, image_b, label)`: uint8 (3, H, W), uint8 (3, H, W) and uint8 (1, H, W). The label is in
     {0, …, num_classes}, or 255 where a pixel is to be ignored or an image has no data.
 
-    Without augmentation the items are the tiles of each image in reading order, smaller ones at its right and bottom
-    edge, so that each pixel appears once; or whole images. With augmentation an item is a random crop near such a tile,
-    randomly rotated by quarter turns and mirrored.
+    Items are whole images or, in reading order, the tiles of each image, smaller ones at its right and bottom edge.
+    With augmentation an item is a random crop near such a tile, randomly rotated by quarter turns and mirrored.
 
     Args:
         root: folder that holds `split/{A,B,label}/NAME.{png,jpg,tif,bmp}`. The three files of a pair share a stem. They
@@ -119,11 +115,10 @@ class LEVIRCD(Dataset):
         pair, rows, columns = self._windows[index]
         array = self._load(pair)
         if self.augment:
-            array = self._random_crop(array, (rows, columns), np.random.default_rng(seed))
+            array = self._random_crop(array, rows, columns, np.random.default_rng(seed))
         else:
             array = array[rows, columns]
-        array = array.transpose(2, 0, 1).copy()  # (7, H, W), the only copy
-        return torch.from_numpy(array).split([3, 3, 1])
+        return torch.from_numpy(array.transpose(2, 0, 1).copy()).split([3, 3, 1])  # the only copy
 
     def name(self, index: int) -> str:
         """A readable name of an item: the stem of its files and, for a tile, its row and column in pixels."""
@@ -138,9 +133,17 @@ class LEVIRCD(Dataset):
 
     @functools.cached_property
     def has_change(self) -> bool:
-        """Whether any mask labels a pixel as changed."""
-        labels = (self._load(pair)[..., 6] for pair in range(len(self.files)))
-        return any(((label > 0) & (label != IGNORED)).any() for label in labels)
+        """Whether any mask labels a pixel as changed; DataError where all pixels are ignored."""
+        has_valid = False
+        for pair in range(len(self.files)):
+            label = self._load(pair)[..., 6]
+            valid = label[label != IGNORED]
+            if valid.any():
+                return True
+            has_valid |= valid.size > 0
+        if not has_valid:
+            raise DataError(f"{self.files[0][2].parent}: no mask has a pixel to score; all are ignored")
+        return False
 
     def batches(self, pixels: int) -> list[list[int]]:
         """All indices in lists of items of one size, each of at most so many pixels or of one item, for evaluation."""
@@ -169,25 +172,23 @@ class LEVIRCD(Dataset):
             if not self.crop_size and size != self.sizes[0]:
                 raise DataError(
                     f"{path}: {size_text(size)} pixels, but {self.files[0][0]} has {size_text(self.sizes[0])}: whole "
-                    "images of several sizes can't form a batch; set CROP_SIZE"
+                    "images of different sizes can't form a batch; set CROP_SIZE"
                 )
 
-    def _random_crop(self, array: np.ndarray, tile: tuple[slice, slice], rng: np.random.Generator) -> np.ndarray:
+    def _random_crop(self, array: np.ndarray, rows: slice, columns: slice, rng: np.random.Generator) -> np.ndarray:
         """A crop centred in the tile, shifted to lie inside the image, then randomly turned, mirrored and swapped.
 
         Shifting gives the border and the corners of an image their share, which crops placed uniformly in it hardly
-        ever hold. All seven bands move together, and the mask isn't interpolated. Colours change later, in
-        `color_jitter`.
+        ever hold. All seven bands move together, and the mask isn't interpolated.
         """
         window = []
-        for span, length in zip(tile, array.shape[:2], strict=True):
+        for span, length in zip((rows, columns), array.shape[:2], strict=True):
             size = self.crop_size or length
             start = min(max(rng.integers(span.start, span.stop) - size // 2, 0), length - size)
             window.append(slice(start, start + size))
         crop = array[tuple(window)]
         # A quarter turn of an oblong image would not fit into a batch with the others.
-        turns = rng.integers(4) if crop.shape[0] == crop.shape[1] else 2 * rng.integers(2)
-        crop = np.rot90(crop, turns)
+        crop = np.rot90(crop, rng.integers(4) if crop.shape[0] == crop.shape[1] else 2 * rng.integers(2))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         if rng.random() < self.swap_dates:
@@ -224,18 +225,19 @@ class LEVIRCD(Dataset):
 
     def _decode(self, pair: int) -> np.ndarray:
         """The pair as `_load` gives it."""
-        check_sizes(self.files[pair])
         *images, mask = self.files[pair]
+        (image_a, void_a), (image_b, void_b) = map(read_image, images)
         label, remark = read_mask(mask, self.num_classes, self.ignore)
         if remark:
             self._remarks.setdefault(remark, set()).add(mask)
-        bands = []
-        for path in images:
-            image, void = read_image(path)
-            bands.append(image)
+        for path, array in ((images[1], image_b), (mask, label)):
+            if array.shape[:2] != image_a.shape[:2]:
+                sizes = size_text(array.shape), size_text(image_a.shape)
+                raise DataError(f"{path}: {sizes[0]} pixels, but {images[0]} has {sizes[1]}; a pair needs one size")
+        for void in (void_a, void_b):
             if void is not None:
                 label[void] = IGNORED
-        return np.dstack([*bands, label])
+        return np.dstack([image_a, image_b, label])
 
     def _cache_file(self, cache_dir: str | os.PathLike, files: Sequence[Path]) -> Path:
         """The name of a decoded pair, another one as soon as a file or the way to read it changes."""
@@ -254,7 +256,7 @@ class LEVIRCD(Dataset):
 class RandomBatches(Sampler):
     """Full batches of indices in random order, each with the seed of its crop; all of it follows from torch's seed.
 
-    Each of several processes gets its share of every batch, so that a step doesn't depend on their number.
+    With several processes, each gets its share of every batch, so that a step doesn't depend on their number.
 
     Raises:
         DataError: several processes have no full batch to share.
@@ -288,7 +290,7 @@ def make_loader(
     if num_workers is None:
         cores = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_workers = max(1, min(8, cores)) if on_gpu else 0
-    # With a generator of its own it draws nothing from torch's, however many workers it has.
+    # The separate generator keeps torch's own from depending on the number of workers.
     return DataLoader(
         dataset, batch_sampler=batches, num_workers=num_workers, persistent_workers=num_workers > 0,
         worker_init_fn=ignore_signals, pin_memory=on_gpu, generator=torch.Generator(),
@@ -382,6 +384,11 @@ def find_pairs(*folders: Path, skip: Path | None = None) -> list[tuple[str, ...]
     return [tuple(files[stem] for files in found) for stem in stems]
 
 
+def folder_names(text: str) -> list[str]:
+    """Names separated by spaces or, where they hold spaces, by commas."""
+    return [name.strip() for name in text.split("," if "," in text else None)]
+
+
 def images_in(folder: Path, skip: Path | None = None) -> Iterator[str]:
     """Paths, below the folder, of the images in it and its subfolders, except for hidden and system folders and `skip`.
 
@@ -394,7 +401,7 @@ def images_in(folder: Path, skip: Path | None = None) -> Iterator[str]:
             raise DataError(f"{error.filename}: can't be read ({error.strerror})")
 
     for root, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        visible = [name for name in subfolders if name[0] != "." and name not in SYSTEM_FOLDERS]
+        visible = [name for name in subfolders if not SYSTEM_FOLDERS.match(name)]
         subfolders[:] = [name for name in visible if not skip or Path(root, name).resolve() != skip.resolve()]
         for path in (Path(root, name) for name in names if name[0] != "."):
             if path.suffix.lower() in SUFFIXES:
@@ -418,27 +425,14 @@ def _images_by_stem(folder: Path, skip: Path | None) -> dict[str, str]:
 def _renaming(folder: Path, stems: Iterable[str], wanted: Iterable[str]) -> str | None:
     """The shell command that renames a folder's files, if all stems differ from the wanted ones by the same ending."""
     endings = set()
-    for stem, other in itertools.zip_longest(sorted(stems), sorted(wanted)):
-        match = re.fullmatch(r"(.+)([-_. ].*)?\n\1([-_. ].*)?", f"{stem}\n{other}")
-        endings.add(match and (match[2] or "", match[3] or ""))
+    for stem, other in itertools.zip_longest(sorted(stems), sorted(wanted), fillvalue=""):
+        match = re.fullmatch(r"(.+)(.*)\n\1(.*)", f"{stem}\n{other}")  # their common beginning, and what differs
+        endings.add(match and match.groups()[1:])
     if len(endings) > 1 or None in endings:
         return None
     old, new = map(shlex.quote, endings.pop())
-    return (
-        f'rename: cd {shlex.quote(str(folder))}; for f in *{old}.*; do mv "$f" "${{f%{old}.*}}"{new}".${{f##*.}}"; done'
-    )
-
-
-def check_sizes(paths: Sequence[Path]) -> tuple[int, int]:
-    """The height and width that two images, and a mask as third, share; DataError where they don't."""
-    sizes = []
-    for index, path in enumerate(paths):
-        with open_image(path, mask=index == 2) as image:
-            sizes.append((image.height, image.width))
-        if sizes[index] != sizes[0]:
-            own, first = size_text(sizes[index]), size_text(sizes[0])
-            raise DataError(f"{path}: {own} pixels, but {paths[0]} has {first}; a pair needs one size")
-    return sizes[0]
+    loop = f'for f in *{old}.*; do mv "$f" "${{f%{old}.*}}"{new}".${{f##*.}}"; done'
+    return f"rename: cd {shlex.quote(str(folder))}; {loop}"
 
 
 def import_rasterio() -> ModuleType | None:
@@ -460,27 +454,6 @@ def open_raster(path: Path) -> DatasetReader:
         raise DataError(f"{path}: only rasterio reads such files: pip install rasterio")
     is_utf8 = str(path) == os.fsencode(path).decode(errors="replace")  # the only names that rasterio takes
     return rasterio.open(path if is_utf8 else BytesIO(path.read_bytes()))
-
-
-@contextlib.contextmanager
-def open_image(path: Path, mask: bool = False) -> Iterator[Image.Image | DatasetReader]:
-    """A file with its header checked and its pixels not decoded yet: of rasterio for a TIFF, else of Pillow.
-
-    Raises:
-        DataError: it can't be used; also for whatever a decoder raises before it is closed.
-    """
-    path = Path(path)
-    try:
-        with _open(path) as image:
-            _check_header(path, image, mask)
-            yield image
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # a decoder raises what it meets in a broken file
-        is_unknown = isinstance(error, UnidentifiedImageError)
-        reason = "no image, or damaged" if is_unknown else " ".join(str(error.__cause__ or error).split())
-        advice = "replace it" if import_rasterio() else "replace it, or try with rasterio: pip install rasterio"
-        raise DataError(f"{path}: can't be decoded ({reason}); {advice}") from error
 
 
 def _open(path: Path) -> Image.Image | DatasetReader:
@@ -525,21 +498,19 @@ def _check_header(path: Path, image: Image.Image | DatasetReader, mask: bool) ->
     if orientation != 1:  # viewers turn it, and so do those who label it
         raise DataError(f"{path}: turned by its orientation tag; save it upright, without the tag")
     if isinstance(image, Image.Image):
-        pages, bands = getattr(image, "n_frames", 1), PILLOW_BANDS.get(image.mode, 0)
+        bands = PILLOW_BANDS.get(image.mode, 0)
         is_deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # of 16-bit colours Pillow drops the lower bytes
     else:
-        pages = [open_raster(page).shape for page in image.subdatasets].count(image.shape)
         bands = 3 if _palette(image) is not None else sum(band.name != "alpha" for band in image.colorinterp)
         is_deep = set(image.dtypes) != {"uint8"}
-    if pages > 1:
-        raise DataError(f"{path}: {pages} pages; save the one that is meant")
+        pages = [open_raster(page).shape for page in image.subdatasets].count(image.shape)
+        if pages > 1:
+            raise DataError(f"{path}: {pages} pages; save the one that is meant")
     wanted = "one band of 8 bits" if mask else "8-bit RGB"
     if is_deep and not (mask and bands == 1):
         raise DataError(f"{path}: more than 8 bits a band; scale it to {wanted}: gdal_translate -ot Byte -scale")
-    if bands not in (1, 3, 4):
+    if bands not in (1, 3, 4) or (bands == 1 and not mask):
         raise DataError(f"{path}: not an image of red, green and blue; convert it to {wanted}")
-    if bands == 1 and not mask:
-        raise DataError(f"{path}: one band, grey; an image needs three, red, green and blue")
 
 
 def read_image(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -585,21 +556,9 @@ def read_mask(path: Path, num_classes: int = 1, ignore: int | None = None) -> tu
         DataError: damaged, a picture, or to be read in two ways, as 0, 1 and 255 can be.
     """
     bands, palette, opacity, top = _decode(Path(path), mask=True)
-    if palette is not None and num_classes == 1 and not palette[np.unique(bands)].any(-1).all():  # black is used
-        bands = palette[bands[..., 0]]
-        if 1 < bands.max() < 128:  # a dark colour
-            bands = bands * (255 // bands.max())
-    values, remarks = bands.max(-1), []
-    if bands.shape[-1] > 1 and (bands != bands[..., :1]).any():
-        if num_classes > 1:
-            raise DataError(f"{path}: coloured; the classes of a mask are numbers, as grey values or of a palette")
-        bright = bands[values > (NEAR if palette is not None else int(values.max()) - NEAR)]
-        hues = np.unique(bright > values.max() / 2, axis=0)
-        if len(hues) > 1 or values.all():
-            raise DataError(f"{path}: a mask holds 0 and 255, or one colour on black; this one is a picture")
-        if not hues.all():
-            remarks.append("are coloured: what isn't black is change")
-    void = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
+    values, remark = _one_band(path, bands, palette, num_classes)
+    remarks = [remark]
+    void = np.isnan(values)
     if opacity is not None:
         void |= opacity == 0
     if void.any():
@@ -619,72 +578,90 @@ def read_mask(path: Path, num_classes: int = 1, ignore: int | None = None) -> tu
     second, highest = [0, 0, *np.flatnonzero(counts)][-2:]
     # Edges and JPEG leave other values, too: few that are far from 0 and 255, and some near 255.
     is_binary = second == 0 or (second > 127 and counts[NEAR : 256 - NEAR].sum() < 0.05 * values.size)
-    if highest <= num_classes:
-        label = values
-    elif num_classes == 1 and highest > 127 and is_binary:
-        label = (values > 127).astype(np.uint8)
-        if counts[1:255].any():
-            remarks.append("hold other values than 0 and 255: above 127 is change")
-    else:
+    if highest > num_classes and not (num_classes == 1 and highest > 127 and is_binary):
         meant = "0 and 255 (or 0 and 1)" if num_classes == 1 else f"0 to {num_classes}"
-        present = np.unique(bands.max(-1)[~ignored])
-        shown = ", ".join(f"{value:g}" for value in present[:6]) + (", …" if len(present) > 6 else "")
+        shown = ", ".join(f"{value:g}" for value in np.unique(bands.max(-1)[~ignored])[:6])
         advice = "save it as PNG, with these values alone"
         if highest == 255 and second < 128:
             advice = "give IGNORE=255 if 255 is not to be looked at, or make the other values 0 if 255 is change"
         raise DataError(f"{path}: a mask holds {meant} where NUM_CLASSES={num_classes}, this one {shown}; {advice}")
-    label[ignored] = IGNORED
-    return label, "; ".join(remarks)
+    if highest > num_classes:
+        values = (values > 127).astype(np.uint8)
+        if counts[1:255].any():
+            remarks.append("hold other values than 0 and 255: above 127 is change")
+    values[ignored] = IGNORED
+    return values, "; ".join(filter(None, remarks))
+
+
+def _one_band(path: Path, bands: np.ndarray, palette: np.ndarray | None, num_classes: int) -> tuple[np.ndarray, str]:
+    """The values of a mask (H, W), and how colours were read; DataError where it is a picture."""
+    if palette is not None and num_classes == 1 and not palette[np.unique(bands)].any(-1).all():  # black is used
+        bands = palette[bands[..., 0]]
+        if 1 < bands.max() < 128:  # a dark colour
+            bands = bands * (255 // bands.max())
+    values = bands.max(-1)
+    if bands.shape[-1] == 1 or (bands == bands[..., :1]).all():
+        return values, ""
+    if num_classes > 1:
+        raise DataError(f"{path}: coloured; the classes of a mask are numbers, as grey values or of a palette")
+    bright = bands[values > (NEAR if palette is not None else int(values.max()) - NEAR)]
+    hues = np.unique(bright > values.max() / 2, axis=0)
+    if len(hues) > 1 or values.all():
+        raise DataError(f"{path}: a mask holds 0 and 255, or one colour on black; this one is a picture")
+    return values, "" if hues.all() else "are coloured: what isn't black is change"
 
 
 def _decode(path: Path, mask: bool = False) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, int]:
-    """What a file holds, uninterpreted.
+    """What a file holds, uninterpreted; by rasterio for a TIFF, else by Pillow.
 
     Returns:
         The bands without alpha, (H, W, C); the colours of a palette, uint8 (n, 3), or None; the opacity, uint8 (H, W),
         0 where void, or None; the highest value that fits into its bits if these are fewer than 8, else 255.
     """
-    with open_image(path, mask) as image:
-        palette, opacity, top = None, None, 255
-        if isinstance(image, Image.Image):
-            bands, has_alpha = _pillow_array(image), image.has_transparency_data
-            if image.mode in ("LA", "PA", "RGBA"):
-                bands = bands[..., :-1]
-            if has_alpha:
-                opacity = np.array(image.convert("RGBA").getchannel("A"))
-            if image.mode in ("P", "PA"):
-                palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
-            for bits, highest in ((2, 3), (4, 15)):
-                if f"L;{bits}" in str(image.tile):  # Pillow spreads them over 0 to 255
-                    bands, top = bands // (255 // highest), highest
-        else:
-            colours = [number for number, band in enumerate(image.colorinterp, 1) if band.name != "alpha"]
-            bands, palette, has_alpha = (
-                np.moveaxis(image.read(colours), 0, -1),
-                _palette(image),
-                len(colours) < image.count,
-            )
-            top = 2 ** int(image.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
-            if top == 1:  # GDAL gives a palette of black and white to these
-                bands, palette = palette[bands[..., 0]] // 255, None
-            if mask and image.nodata == 0:
-                print_once(f"{path.parent}: 0 is unchanged in the masks, though it is their no-data value")
-            elif image.mask_flag_enums[0][0].name != "all_valid":
-                opacity = image.read_masks(colours).max(0)
-        if mask and opacity is not None and opacity.min() < 255 and has_alpha:
-            raise DataError(f"{path}: partly transparent; a mask is opaque")
-        return bands, palette, opacity, top
+    try:
+        with _open(path) as image:
+            _check_header(path, image, mask)
+            decode = _decode_pillow if isinstance(image, Image.Image) else _decode_raster
+            bands, palette, opacity, top, has_alpha = decode(image, path, mask)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # a decoder raises what it meets in a broken file
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no image, or damaged" if is_unknown else " ".join(str(error.__cause__ or error).split())
+        advice = "replace it" if import_rasterio() else "replace it, or try with rasterio: pip install rasterio"
+        raise DataError(f"{path}: can't be decoded ({reason}); {advice}") from error
+    if mask and has_alpha and opacity.min() < 255:
+        raise DataError(f"{path}: partly transparent; a mask is opaque")
+    return bands, palette, opacity, top
 
 
-def _pillow_array(image: Image.Image) -> np.ndarray:
-    """The bands (H, W, C) of an image, in strips: Pillow's own way holds two copies beside it."""
-    array = None
-    for top in range(0, image.height, 256):
-        strip = np.atleast_3d(np.array(image.crop((0, top, image.width, min(top + 256, image.height)))))
-        if array is None:
-            array = np.empty((image.height, *strip.shape[1:]), np.uint8 if strip.dtype == bool else strip.dtype)
-        array[top : top + len(strip)] = strip
-    return array
+def _decode_pillow(image: Image.Image, *_: object) -> tuple:
+    """As `_decode`; and whether the opacity is of an alpha band or a transparent colour."""
+    bands, palette, opacity, top = np.atleast_3d(np.asarray(image)), None, None, 255
+    if image.mode in ("LA", "PA", "RGBA"):
+        bands = bands[..., :-1]
+    if image.has_transparency_data:
+        opacity = np.asarray(image.convert("RGBA").getchannel("A"))
+    if image.mode in ("P", "PA"):
+        palette = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+    for bits, highest in ((2, 3), (4, 15)):
+        if f"L;{bits}" in str(image.tile):  # Pillow spreads them over 0 to 255
+            bands, top = bands // (255 // highest), highest
+    return bands, palette, opacity, top, opacity is not None
+
+
+def _decode_raster(image: DatasetReader, path: Path, mask: bool) -> tuple:
+    """As `_decode_pillow`."""
+    colours = [number for number, band in enumerate(image.colorinterp, 1) if band.name != "alpha"]
+    bands, palette, opacity = np.moveaxis(image.read(colours), 0, -1), _palette(image), None
+    top = 2 ** int(image.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8)) - 1
+    if top == 1:  # GDAL gives a palette of black and white to these
+        bands, palette = palette[bands[..., 0]] // 255, None
+    if mask and image.nodata == 0:
+        print_once(f"{path.parent}: 0 is unchanged in the masks, though it is their no-data value")
+    elif image.mask_flag_enums[0][0].name != "all_valid":
+        opacity = image.read_masks(colours).max(0)
+    return bands, palette, opacity, top, opacity is not None and len(colours) < image.count
 
 
 def _palette(image: DatasetReader) -> np.ndarray | None:
@@ -705,9 +682,8 @@ def as_tensor(image: ImageLike) -> Tensor:
         image = torch.from_numpy(image if is_shared else image.copy()).permute(2, 0, 1)
     kind = f"{image.dtype} {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
     if not torch.is_tensor(image) or not re.match(r"torch\.(uint8|float\d*) \(3, \d+, \d+\)", kind):
-        raise DataError(
-            f"an image is a file, a PIL image, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W), not {kind}"
-        )
+        forms = "a file, a PIL image, a uint8 array (H, W, 3) or a uint8 or float tensor (3, H, W)"
+        raise DataError(f"an image is {forms}, not {kind}")
     if image.dtype == torch.uint8:
         return image
     if not -1e-3 <= image.min() <= image.max() <= 1.001:

@@ -43,7 +43,7 @@ class CombinedIoULoss(nn.Module):
         y = label == torch.arange(1, log_p.shape[1], device=label.device).view(-1, 1, 1)
         pixels = counted.sum().to(p.dtype).clamp(min=1)
         sums = torch.stack([cross_entropy, pixels, *(p * y).sum((0, 2, 3)), *(p + y.float()).sum((0, 2, 3))])
-        # Under torchrun each process trains on a share of the batch, but is scored on batches of its own.
+        # Under torchrun each process trains on a share of the batch, but is evaluated on different batches.
         if distributed.is_initialized() and logits.requires_grad:
             total = sums.detach().clone()
             distributed.all_reduce(total)

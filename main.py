@@ -21,6 +21,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import time
@@ -38,15 +39,15 @@ from torch.utils.data import DataLoader
 
 import dataset
 import model as network
-from dataset import IGNORED, LEVIRCD, DataError, announce, atomic_write, progress, rank, world
+from dataset import IGNORED, LEVIRCD, DataError, announce, atomic_write, folder_names, progress, rank, world
 from losses import CombinedIoULoss
-from metrics import ChangeMetrics, Objects, ScoreLog, format_table, object_scores, to_classes
+from metrics import ChangeMetrics, ScoreLog, format_table, match_objects, object_scores, to_classes
 from model import FusionUNet, ModelError, autocast, fast_dtype, pick_device, read_checkpoint, save_checkpoint
 from visualize import plot_curves, plot_precision_recall, plot_predictions
 
 # DATA
 DATA_DIR: str = "data"  # holds train, val and, for scores at the end, test; without data/train a demo is drawn
-FOLDERS: str = "A B label"  # of a split: images before, images after, masks; CDD "A B OUT", SYSU-CD "time1 time2 label"
+FOLDERS: str = "A B label"  # of a split: before, after, masks; commas instead of spaces where the names hold spaces
 CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
 NUM_CLASSES: int = 1  # of change, up to 254; 1: masks hold 0 and 255; more: 0 to this number
 IGNORE: int | None = None  # mask value of pixels that are neither trained on nor scored; None: there is none
@@ -95,7 +96,7 @@ MAY_CHANGE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKE
 PROTOCOL_CROP = 256  # side in pixels of the tiles on which published scores are computed
 READ_EVERY = 20  # steps between two readings of the loss, for which the host waits for the GPU
 REFRESH_UNTIL = 200  # steps, up to which BatchNorm statistics are re-estimated before each validation
-ENOUGH_PAIRS = 8  # in each of several processes for BatchNorm of its own; with fewer it is synchronised
+ENOUGH_PAIRS = 8  # per process, from which on BatchNorm uses its own statistics; with fewer it is synchronised
 
 
 def main(**overrides: object) -> dict[str, float]:
@@ -150,7 +151,7 @@ def train_one_epoch(
     model, optimizers, schedulers, scaler = state.model, state.optimizers, state.schedulers, state.scaler
     device, start = model.mean.device, time.perf_counter()
     metrics, loss_sum, pairs = ChangeMetrics(config.NUM_CLASSES), torch.zeros((), device=device), 0
-    logged_sum, logged_pairs, peak = 0.0, 0, 0.0
+    logged_sum, logged_pairs = 0.0, 0
     model.train()
     with progress(desc=f"epoch {epoch}", total=len(loader.dataset), unit="pair") as bar:
         for step, batch in enumerate(loader, 1):
@@ -165,7 +166,6 @@ def train_one_epoch(
                 scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.CLIP_NORM or math.inf)
             learning_rate = schedulers[0].get_last_lr()[0]
-            peak = max(peak, learning_rate)
             overflowed = scaler.is_enabled() and not norm.isfinite()
             if not overflowed:  # else both optimizers skip this step, as the norm is of all gradients
                 for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
@@ -188,7 +188,7 @@ def train_one_epoch(
                     raise FloatingPointError(f"{steps}: the loss isn't finite; lower LEARNING_RATE or set AMP=False")
     scores = {"loss": total / pairs, **metrics.compute()}
     scores["pairs_per_second"] = world() * pairs / (time.perf_counter() - start)
-    row = prefixed("train", scores) | {"learning_rate": learning_rate, "peak_learning_rate": peak}
+    row = prefixed("train", scores) | {"learning_rate": learning_rate}
     if device.type == "cuda":
         row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     return row
@@ -258,7 +258,7 @@ def save_epoch(
         title = f"{log.folder.name}, epoch {epoch}, validation"
         plot_predictions(model, val_data, model.mean.device, num_samples=2, path=picture, title=title)
     log.epoch(row, picture)
-    is_best = best_epoch(log.rows, val_data.has_change) == epoch or not best_path.exists()
+    is_best = best_epoch(log.rows) == epoch or not best_path.exists()
     if is_best:
         save_checkpoint(model.checkpoint() | {"epoch": epoch}, best_path)
     last = model.checkpoint() | {
@@ -275,9 +275,9 @@ def save_epoch(
     )
 
 
-def best_epoch(rows: Sequence[dict[str, float]], has_change: bool) -> int:
-    """The epoch, from 1, with the highest validation IoU, ties broken by lower loss; without any change, by loss."""
-    keys = [(row["val_iou"] if has_change else 0.0, -row["val_loss"]) for row in rows]
+def best_epoch(rows: Sequence[dict[str, float]]) -> int:
+    """The epoch, from 1, with the highest validation IoU, ties broken by lower loss."""
+    keys = [(row["val_iou"], -row["val_loss"]) for row in rows]
     return 1 + keys.index(max(keys))
 
 
@@ -312,7 +312,7 @@ def finish_run(
 
 
 def evaluate_checkpoint(config: SimpleNamespace, record: dict, device: torch.device) -> dict[str, float]:
-    """Score the checkpoint EVALUATE on SPLIT, into a run folder of its own; the first process does so alone."""
+    """Score the checkpoint EVALUATE on SPLIT, into a new run folder; only the first process does so."""
     if rank() > 0:
         return {}
     leave_group()
@@ -380,15 +380,14 @@ def score_images(model: FusionUNet, images: LEVIRCD, config: SimpleNamespace) ->
         for metrics in (whole, image):
             metrics.update(logits[None], label[None])
         counts = image.confusion()
-        objects = Objects(to_classes(network.probabilities(logits).numpy()), label[0].numpy())
+        classes = to_classes(network.probabilities(logits).numpy())
+        matched, labelled, predicted = match_objects(classes, label[0].numpy())
         rows.append({
-            "index": index, "name": images.name(index), **image.compute(), "labelled_objects": len(objects.found),
-            "predicted_objects": len(objects.right), "matched_objects": int(objects.found.sum()),
+            "index": index, "name": images.name(index), **image.compute(), "labelled_objects": labelled,
+            "predicted_objects": predicted, "matched_objects": matched,
             "labelled_pixels": int(counts[:, 1:].sum()), "predicted_pixels": int(counts[1:].sum()),
             "wrong_pixels": int(counts.sum() - counts.trace()),
         })  # fmt: skip
-    if not rows:
-        raise DataError(f"{images.files[0][2].parent}: no mask has a pixel to score; all are ignored")
     return whole, rows
 
 
@@ -418,20 +417,23 @@ def open_data(config: SimpleNamespace, is_demo: bool) -> dict[str, LEVIRCD]:
         raise OptionError(f"BATCH_SIZE={config.BATCH_SIZE}, CROP_SIZE={config.CROP_SIZE}: leave BatchNorm one value a "
                           "channel at stride 32: raise one of them")  # fmt: skip
     test = Path(config.DATA_DIR, "test")
-    if any(dataset.images_in(test / config.FOLDERS.split()[2])):
+    if any(dataset.images_in(test / folder_names(config.FOLDERS)[2])):
         data["test"] = open_split(config, "test", PROTOCOL_CROP)
     elif test.is_dir():
         announce(f"{test}: no masks in it, so there is nothing to score")
-    for split, effect in (("train", "there is nothing to learn"), ("val", "the best epoch is picked by the loss")):
-        if not data[split].has_change:
-            announce(f"{config.DATA_DIR}: no mask of {split} holds any change, so {effect}")
+    sizes = [f"{split} {len(each.files)} pairs, {len(each)} {'crops' if each.augment else 'tiles'}"
+             for split, each in data.items()]  # fmt: skip
+    announce(f"{config.DATA_DIR}: {'; '.join(sizes)}")
     return data
 
 
 def open_split(config: SimpleNamespace, split: str, crop_size: int | None = None, augment: bool = False) -> LEVIRCD:
     """A split of DATA_DIR."""
-    how_to_read = config.CACHE_DIR, config.NUM_CLASSES, config.IGNORE, config.FOLDERS.split(), config.SWAP_DATES
-    return LEVIRCD(config.DATA_DIR, split, crop_size, augment, *how_to_read)
+    how_to_read = config.CACHE_DIR, config.NUM_CLASSES, config.IGNORE, folder_names(config.FOLDERS), config.SWAP_DATES
+    data = LEVIRCD(config.DATA_DIR, split, crop_size, augment, *how_to_read)
+    if not data.has_change:
+        dataset.print_once(f"{config.DATA_DIR}: no mask of {split} holds any change")
+    return data
 
 
 def load(data: LEVIRCD, config: SimpleNamespace, device: torch.device) -> DataLoader:
@@ -467,6 +469,11 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
 
     What is given comes first, then what the run to resume or evaluate had or, without data, the demo's values.
     """
+    used = set(re.findall(r'config(?:\.|\[")([A-Z_]+)', Path(__file__).read_text(encoding="utf-8")))
+    for name in used - TYPES.keys():
+        raise OptionError(f"{name}: not among the constants in main.py any more; was it renamed?")
+    for name in TYPES.keys() - used:
+        announce(f"{name}: added to main.py, but nothing reads it")
     given = {name: parse(name, value) for name, value in overrides.items()}
     config = {name: parse(name, globals()[name]) for name in TYPES} | given
     record, resumed, evaluated = {"demo": False}, config["RESUME"], config["EVALUATE"]
@@ -534,7 +541,7 @@ def check(config: dict[str, object], is_demo: bool) -> None:
         require(name, (config[name] or 0) <= limit, f"at most {limit}")
     require("NUM_CLASSES", not is_demo or config["NUM_CLASSES"] in (1, 3), "1 or 3 for the demo")
     require("BATCH_SIZE", config["BATCH_SIZE"] % world() == 0, f"a multiple of the {world()} processes")
-    require("FOLDERS", len(config["FOLDERS"].split()) == 3, "three names without spaces, as in 'A B label'")
+    require("FOLDERS", len(folder_names(config["FOLDERS"])) == 3, "three names, as in 'A B label' or 'A,B,label'")
     require("SPLIT", config["EVALUATE"] or config["SPLIT"] == "test", "test, except with EVALUATE")
     is_new = config["RUN_NAME"] and not config["RESUME"] and rank() == 0
     require("RUN_NAME", not (is_new and Path("runs", config["RUN_NAME"]).exists()), "a new name; runs/ has this one")
@@ -547,7 +554,7 @@ def has_data(folders: str) -> bool:
     for folder in {Path("data").resolve(), Path(__file__).resolve().parent / "data"}:
         for name in dataset.images_in(folder):
             if not name.startswith(("demo", "cache")):
-                expected = f"data/train/{{{','.join(folders.split())}}}"
+                expected = f"data/train/{{{','.join(folder_names(folders))}}}"
                 raise OptionError(f"{folder / name}: not in {expected}; move it, or give DATA_DIR (see data/README.md)")
     return False
 

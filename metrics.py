@@ -8,14 +8,14 @@ import itertools
 import json
 import logging
 import os
+import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import torch
-from mlflow.entities import Metric
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor, distributed
@@ -158,34 +158,26 @@ def connected_components(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return components, np.array(classes, mask.dtype)
 
 
-class Objects:
-    """The changed objects of a label and of a prediction, matched one to one.
+def match_objects(predicted: np.ndarray, label: np.ndarray) -> tuple[int, int, int]:
+    """Match the objects of a prediction and of a label: those of one class whose IoU is above 0.5.
 
-    Two of one class match if their IoU is at least 0.5; the best pairs go first.
+    Above 0.5 an object has at most one partner (Kirillov et al. 2019, doi:10.1109/CVPR.2019.00963).
 
     Args:
         predicted: (H, W), 0 where nothing changed, else the class.
         label: likewise; pixels of 255 count as unchanged in both.
 
-    Attributes:
-        found: bool, for each labelled object whether it is matched.
-        right: bool, for each predicted object.
+    Returns:
+        How many are matched, labelled and predicted.
     """
-
-    def __init__(self, predicted: np.ndarray, label: np.ndarray):
-        valid = label != IGNORED
-        predicted, predicted_classes = connected_components(predicted * valid)
-        labelled, labelled_classes = connected_components(label * valid)
-        self.right, self.found = np.zeros(len(predicted_classes), bool), np.zeros(len(labelled_classes), bool)
-        both = (predicted > 0) & (labelled > 0)
-        pairs, overlap = np.unique(np.stack([predicted[both], labelled[both]]), axis=1, return_counts=True)
-        sizes = np.bincount(predicted.ravel())[pairs[0]] + np.bincount(labelled.ravel())[pairs[1]]
-        iou = overlap / (sizes - overlap)
-        for i in (-iou).argsort(kind="stable"):
-            ours, theirs = pairs[:, i] - 1
-            is_same_class = predicted_classes[ours] == labelled_classes[theirs]
-            if iou[i] >= 0.5 and is_same_class and not self.right[ours] and not self.found[theirs]:
-                self.right[ours] = self.found[theirs] = True
+    valid = label != IGNORED
+    predicted, predicted_classes = connected_components(predicted * valid)
+    labelled, labelled_classes = connected_components(label * valid)
+    both = (predicted > 0) & (labelled > 0)
+    (ours, theirs), overlap = np.unique(np.stack([predicted[both], labelled[both]]), axis=1, return_counts=True)
+    union = np.bincount(predicted.ravel())[ours] + np.bincount(labelled.ravel())[theirs] - overlap
+    is_match = (2 * overlap > union) & (predicted_classes[ours - 1] == labelled_classes[theirs - 1])
+    return int(is_match.sum()), len(labelled_classes), len(predicted_classes)
 
 
 def object_scores(matched: int, labelled: int, predicted: int) -> dict[str, float]:
@@ -260,6 +252,11 @@ class ScoreLog:
     def __enter__(self) -> ScoreLog:
         is_new = not any(self.folder.glob("events*"))
         self._write_csv()
+        # TensorBoard reads files in the order of the times in their names, which another clock may have set ahead.
+        ahead = [file for file in sorted(self.folder.rglob("events.out.tfevents.*"))
+                 if int(file.name.split(".")[3]) >= int(time.time())]  # fmt: skip
+        for number, file in enumerate(ahead, int(time.time()) - len(ahead)):
+            file.rename(file.with_name(re.sub(r"\d{10}", f"{number:010}", file.name, count=1)))
         writer = self._writer("", int(self.rows[-1]["step"]) + 1 if self.rows else 1)
         if is_new:
             writer.add_text("constants", f"```\n{json.dumps(self.record, indent=2)}\n```")
@@ -324,6 +321,7 @@ class ScoreLog:
         """The constants beside the scores by which runs are compared, for TensorBoard's table of runs."""
         finals = {name: value for name, value in self._scores.items() if name.endswith(("/iou", "/dice"))}
         constants = {name: value if value is not None else "None" for name, value in self.record["constants"].items()}
+        constants["RUN_NAME"] = self.folder.name[-15:]  # the page cuts what is longer at its end
         writer = self._writer("")
         for summary in hparams(constants, finals):
             writer.file_writer.add_summary(summary)
@@ -344,7 +342,7 @@ class ScoreLog:
 
 
 class MLflowRun:
-    """A run's twin in MLflow, kept by a thread of its own: no server holds up training, no Ctrl-C breaks a write.
+    """A run's twin in MLflow, written by a separate thread: no server holds up training, no Ctrl-C breaks a write.
 
     Whatever is wrong with MLflow, the run goes on; one line says that it lacks something, and RESUME sends all again,
     which changes nothing of what is there.
@@ -355,8 +353,10 @@ class MLflowRun:
     """
 
     def __init__(self, name: str, record: dict):
-        self.name, self.record = name, record
-        self._run: mlflow.ActiveRun | None = None
+        import mlflow  # takes seconds; in the thread it could meet matplotlib's look for IPython half imported
+
+        self.name, self.record, self.mlflow = name, record, mlflow
+        self._run: object = None
         self._failed = False
         self._thread = ThreadPoolExecutor(max_workers=1)
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what fails is told in one line
@@ -377,15 +377,14 @@ class MLflowRun:
         self, rows: Sequence[dict], first: int, scores: dict | None = None, files: Sequence[Path] = (), status: str = ""
     ) -> None:
         try:
+            mlflow = self.mlflow
             self._run = self._run or self._start()
-            client, run_id = mlflow.MlflowClient(), self._run.info.run_id
             for epoch, row in enumerate(rows, first):
-                when = int(1000 * row["time"])  # the same each time, so that a second sending adds nothing
-                metrics = [Metric(_sectioned(name), value, when, epoch) for name, value in row.items()]
-                client.log_batch(run_id, metrics)
+                # With the same time again, a second sending adds nothing.
+                values = {_sectioned(name): value for name, value in row.items()}
+                mlflow.log_metrics(values, epoch, timestamp=int(1000 * row["time"]))
             if scores:
-                when = int(1000 * rows[-1]["time"]) if rows else 0
-                client.log_batch(run_id, [Metric(name, value, when, len(rows)) for name, value in scores.items()])
+                mlflow.log_metrics(scores, len(rows), timestamp=int(1000 * rows[-1]["time"]) if rows else 0)
             for file in files:
                 mlflow.log_artifact(str(file))
             if status:
@@ -393,31 +392,28 @@ class MLflowRun:
         except Exception as error:
             if not self._failed or status:
                 again = "EVALUATE again" if self.record["constants"].get("EVALUATE") else f"RESUME=runs/{self.name}"
-                tqdm.write(f"MLflow lacks a part of this run ({_reason(error)}); {again} sends it")
+                reason = str(getattr(error.__cause__, "orig", error)).partition("\n")[0][:200]
+                tqdm.write(f"MLflow lacks a part of this run ({reason}); {again} sends it")
             self._failed = True
 
-    def _start(self) -> mlflow.ActiveRun:
+    def _start(self) -> object:
         """Find the run, or make it."""
         create_database()
-        client, found = mlflow.MlflowClient(), []
+        mlflow = self.mlflow
         experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
         if experiment_id is None and "MLFLOW_RUN_ID" not in os.environ:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-            experiment = client.get_experiment_by_name(name)
+            experiment = mlflow.get_experiment_by_name(name)
             if experiment and experiment.lifecycle_stage == "deleted":
-                client.restore_experiment(experiment.experiment_id)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
-        if experiment_id is not None:
-            found = client.search_runs([experiment_id], f"tags.id = '{self.record['id']}'")
-        if found:
-            run = mlflow.start_run(found[0].info.run_id)
-        else:
-            name = os.environ.get("MLFLOW_RUN_NAME") or self.name
-            run = mlflow.start_run(experiment_id=experiment_id, run_name=name)
+                mlflow.MlflowClient().restore_experiment(experiment.experiment_id)
+            experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment(name)
+        own = f"tags.id = '{self.record['id']}'"
+        found = mlflow.search_runs([experiment_id], own, output_format="list") if experiment_id else []
+        name = os.environ.get("MLFLOW_RUN_NAME") or self.name
+        run = mlflow.start_run(found[0].info.run_id if found else None, experiment_id, run_name=name)
         mlflow.set_tags({name: str(self.record[name]) for name in ("id", "demo", "git")})
         mlflow.set_tags({f"data.{split}": digest for split, digest in self.record["data"].items()})
-        logged = found[0].data.params if found else {}
-        constants = self.record["constants"].items()
+        logged, constants = run.data.params, self.record["constants"].items()
         mlflow.log_params({name: value for name, value in constants if name not in logged})
         # MLflow lets no parameter change: raised EPOCHS become a tag.
         mlflow.set_tags({name: value for name, value in constants if logged.get(name, str(value)) != str(value)})
@@ -426,6 +422,8 @@ class MLflowRun:
 
 def create_database() -> None:
     """Make mlflow.db at once or not at all: MLflow leaves half of one if it is killed meanwhile."""
+    import mlflow
+
     uri = mlflow.get_tracking_uri()
     file = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or file.exists():
@@ -433,18 +431,14 @@ def create_database() -> None:
     part = file.with_name(f"{file.name}.{os.urandom(6).hex()}.part")
     mlflow.MlflowClient(f"sqlite:///{part}").search_experiments()
     try:
-        os.link(part, file)  # which fails where another run was first
-        part.unlink()
-    except FileExistsError:
-        part.unlink()
+        os.link(part, file)
+    except FileExistsError:  # another run was first
+        pass
     except OSError:  # a disk without hard links
         os.replace(part, file)
+    part.unlink(missing_ok=True)
 
 
 def _sectioned(name: str) -> str:
     """`train_loss` → `train/loss`, as MLflow has a section for each split; other names as they are."""
     return name.replace("_", "/", 1) if name.startswith(("train_", "val_")) else name
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error.__cause__, "orig", error)).partition("\n")[0][:200]

@@ -467,7 +467,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint; into memory first, since torch hides an error of the disk behind one of its own."""
+    """Write a checkpoint; into memory first, since torch replaces a disk's error by a less clear one."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with atomic_write(path, "wb") as file:
@@ -607,8 +607,6 @@ def error_line(error: Exception, memory: str) -> str | None:
         return text.splitlines()[-1].rpartition("Error: ")[2]  # from a loader's worker it comes with a traceback
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search("MemoryError|can't allocate memory", text):
         return f"out of memory: lower {memory}"
-    if "more than 1 value per channel" in text:
-        return "a training batch has a single value a channel, too few for BatchNorm: raise BATCH_SIZE or CROP_SIZE"
     if "DataLoader worker (pid" in text:
         return "a process that loads data died: set NUM_WORKERS=0, or give a container more with --shm-size"
     if isinstance(error, torch.distributed.DistError) or "closed by peer" in text:

@@ -9,18 +9,15 @@ import sys
 if __name__ == "__main__":  # before the other imports, which take seconds
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None where it was closed
-        if hasattr(stream, "reconfigure"):  # a notebook's can't
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # neither a notebook's nor a closed stream has it
             stream.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
-        setattr(sys, name, stream)
 
 import argparse
 import contextlib
 import csv
 import errno
 import io
-import itertools
 import json
 import re
 import textwrap
@@ -35,7 +32,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, PngImagePlugin
 from scipy import ndimage
@@ -56,8 +53,7 @@ OUTCOMES = {
 }
 CLASSES = ("#f0e442", "#009e73", "#6a3d9a", "#999999")  # repeated where there are more
 PANELS = ("before", "after", "truth", "prediction", "errors", "probability\n0 black, 1 white")
-WINDOW = 256  # pixels, the side of what is drawn of a larger image
-CELL, DPI = 1.65, 100  # inches, the side of a panel
+DPI = 100
 OVERLAY_SIDE = 1600  # pixels, the longer side of an overlay at most
 DESCRIPTION = 270  # TIFF's tag
 UNEQUAL_AREAS = r'METHOD\["(Mercator|Popular Visualisation|Equidistant Cylindrical|Miller|Gall)'
@@ -74,13 +70,10 @@ def plot_predictions(
 ) -> Figure:
     """Draw a few pairs, a row each: before, after, truth, prediction at 0.5, errors over the image after, probability.
 
-    Of an image larger than 256 pixels it is the window of 256 with the most errors, marked in the whole image; the
-    score is that of the whole image.
-
     Args:
         model: the detector; its mode and device are left as they were.
         dataset: gives (uint8 (3, H, W), uint8 (3, H, W), uint8 (1, H, W) in {0, …, K} or 255) at an index.
-        device: where to predict; the CPU, with a line, if it is a CUDA device and there is none.
+        device: where to predict; the CPU if it is a CUDA device and there is none.
         num_samples: rows, spread evenly over the data set; of up to eight neighbours the one with the most change.
         path: PNG to write, its folder made where missing; None writes nothing.
         items: indices to draw instead, in this order.
@@ -107,25 +100,22 @@ def plot_predictions(
             rows.append(_panels(image_a, image_b, label[0].numpy(), model.predict(image_a, image_b).numpy()))
     finally:
         model.to(home)
-    columns = [name for name in ("whole image", *PANELS) if any(name in panels for panels, _, _ in rows)]
-    width, height = CELL * len(columns) + 0.3, (CELL + 0.2) * len(rows) + 1.5
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(width, height), squeeze=False)
+    cell = 1.65 if max(label.shape) <= 256 else 3.0  # inches, the side of a panel
+    width, height = cell * len(PANELS) + 0.3, (cell + 0.2) * len(rows) + 1.5
+    figure, axes = plt.subplots(len(rows), len(PANELS), figsize=(width, height), squeeze=False)
     figure.subplots_adjust(0.3 / width, 0.75 / height, 0.99, 1 - 0.8 / height, wspace=0.04, hspace=0.14)
     plt.close(figure)
-    for index, axes_of_row, (panels, score, window) in zip(items, axes, rows, strict=True):
-        for axis, name in zip(axes_of_row, columns, strict=True):
+    for axis, title_of_column in zip(axes[0], PANELS, strict=True):
+        axis.set_title(title_of_column, fontsize=10)
+    for index, axes_of_row, (panels, score) in zip(items, axes, rows, strict=True):
+        for axis, panel in zip(axes_of_row, panels, strict=True):
+            axis.imshow(panel, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
             axis.set(xticks=[], yticks=[], frame_on=False)
-            if name in panels:
-                axis.imshow(panels[name], cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
-        if window:
-            axes_of_row[0].add_patch(Rectangle(*window, fill=False, edgecolor=CLASSES[0], linewidth=1.5))
-        axes_of_row[columns.index("errors")].set_xlabel(score, fontsize=8)
+        axes_of_row[PANELS.index("errors")].set_xlabel(score, fontsize=8)
         name = dataset.name(index) if hasattr(dataset, "name") else f"{index}"
         name = name.encode(errors="replace").decode()  # bytes that aren't UTF-8 have no letters
         name = name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}"
         axes_of_row[0].set_ylabel(name, fontsize=8, parse_math=False)
-    for axis, name in zip(axes[0], columns, strict=True):
-        axis.set_title(name, fontsize=10)
     num_classes = model.head.out_channels
     keys = {name: colour for name, colour in OUTCOMES.items() if num_classes > 1 or name != "wrong class"}
     if num_classes > 1:
@@ -149,8 +139,8 @@ def _choose_samples(dataset: Dataset, count: int) -> list[int]:
 
 def _panels(
     image_a: torch.Tensor, image_b: torch.Tensor, label: np.ndarray, probability: np.ndarray
-) -> tuple[dict[str, np.ndarray], str, tuple | None]:
-    """The panels of a pair by column, its score, and their place in the whole image: corner, width, height."""
+) -> tuple[list[np.ndarray], str]:
+    """The `PANELS` of a pair, and its score."""
     void = label == IGNORED
     truth, prediction = (np.where(void, 0, classes) for classes in (label, to_classes(probability)))
     labelled, predicted, wrong = truth > 0, prediction > 0, truth != prediction
@@ -164,22 +154,12 @@ def _panels(
     errors[void] = to_rgb(OUTCOMES["void: not scored"])
     colours = _class_colours(1 if probability.ndim == 2 else len(probability))
     change = probability if probability.ndim == 2 else probability.sum(0)
-    panels = dict(zip(PANELS, (before, after, colours[truth], colours[prediction], errors, change), strict=True))
-    if max(label.shape) <= WINDOW:
-        return panels, score, None
-    density = ndimage.uniform_filter(wrong + 1e-3 * labelled, WINDOW, mode="constant")
-    middle, largest = np.unravel_index(density.argmax(), density.shape), np.array(label.shape) - WINDOW
-    y, x = (np.array(middle) - WINDOW // 2).clip(0, largest.clip(0)).tolist()
-    panels = {name: panel[y : y + WINDOW, x : x + WINDOW] for name, panel in panels.items()}
-    height, width = panels["after"].shape[:2]
-    step = -(-max(label.shape) // (2 * WINDOW))
-    panels["whole image"] = after[::step, ::step]
-    return panels, f"whole: {score}", ((x / step, y / step), width / step, height / step)
+    return [before, after, colours[truth], colours[prediction], errors, change], score
 
 
 def _class_colours(num_classes: int) -> np.ndarray:
     """RGB in 0..1, (1 + num_classes, 3): black for unchanged, then white, or a colour for each class."""
-    colours = itertools.islice(itertools.cycle(CLASSES), num_classes) if num_classes > 1 else ["white"]
+    colours = [CLASSES[number % len(CLASSES)] for number in range(num_classes)] if num_classes > 1 else ["white"]
     return np.array([to_rgb(colour) for colour in ("black", *colours)])
 
 
@@ -191,7 +171,7 @@ def plot_curves(metrics_csv: str | os.PathLike, best_epoch: int, path: str | os.
     panels = {
         "loss": {"train_loss": "train", "val_loss": "val"},
         "IoU": {"train_iou": "train", "val_iou": "val"},
-        "learning rate": {"learning_rate": "at the end of the epoch", "peak_learning_rate": "highest in the epoch"},
+        "learning rate": {"learning_rate": "at the end of the epoch"},
     }
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     plt.close(figure)
@@ -290,7 +270,7 @@ def write_masks(options: argparse.Namespace) -> None:
     else:
         print(f"written: {', '.join(map(str, files.values()))}", flush=True)
     if skipped:
-        print(f"{out}: {_count(skipped, 'mask')} already there; --overwrite makes them anew", flush=True)
+        print(f"{out}: {_count(skipped, 'mask')} already there; --overwrite replaces them", flush=True)
     if failures:
         print("\n".join(failures), flush=True)
         raise DataError(f"{len(failures)} of {_count(len(names), 'pair')} failed, see above")
@@ -301,14 +281,14 @@ def _find_inputs(options: argparse.Namespace) -> tuple[Path, Path]:
     checkpoint, before = Path(options.checkpoint).expanduser(), Path(options.before).expanduser()
     if checkpoint.suffix.lower() in SUFFIXES or (checkpoint.is_dir() and not (checkpoint / "best.pt").exists()):
         raise DataError(f"{checkpoint}: not a checkpoint; give CHECKPOINT BEFORE AFTER, as in runs/NAME/best.pt A B")
-    names = options.folders.split("," if "," in options.folders else None)
+    names = dataset.folder_names(options.folders)
     meant = "give two images, two folders, or one folder that holds A and B (--folders for other names)"
     if options.after is not None:
         after = Path(options.after).expanduser()
     elif before.is_file() or len(names) < 2:
         raise DataError(f"{before}: {meant}")
     else:
-        before, after = (before / name.strip() for name in names[:2])
+        before, after = (before / name for name in names[:2])
     for path in (before, after):
         if not path.exists():
             raise DataError(f"{path}: {'a link that leads nowhere' if path.is_symlink() else 'is not there'}; {meant}")
@@ -351,7 +331,7 @@ def _write_mask(
     probability = model.predict(image_a, image_b, tile_size=options.tile_size, tta=options.tta).numpy()
     factor = -(-max(image_b.shape) // OVERLAY_SIDE)
     picture = _reduced(image_b, factor)
-    del image_a, image_b  # no more than 12 bytes a pixel are held at any time
+    del image_a, image_b  # large images take much memory
     if void is not None:
         probability[..., void] = 0
     num_classes, mask = 1 if probability.ndim == 2 else len(probability), to_classes(probability, model.threshold)
@@ -406,9 +386,7 @@ def _find_objects(
         if pixels * (pixel_area or 1) < min_area:
             mask[window][inside] = components[window][inside] = 0
             continue
-        y, x = (side.start + 0.5 for side in window)
-        x += inside.sum(0) @ np.arange(inside.shape[1]) / pixels
-        y += inside.sum(1) @ np.arange(inside.shape[0]) / pixels
+        y, x = np.argwhere(inside).mean(0) + [side.start + 0.5 for side in window]
         of_object = probability[window]
         objects[number] = {
             "class": int(classes[number - 1]), "pixels": pixels,
@@ -465,12 +443,11 @@ def _write_summary(folder: Path) -> None:
 
 @dataclass
 class Place:
-    """Where an image lies, as GDAL has it: reference system, transform from pixel corners, control points, RPCs."""
+    """Where an image lies, as rasterio has it: its reference system, and a transform from pixel corners or GCPs."""
 
     crs: object
     transform: object
     gcps: list
-    rpcs: object
 
     def pixel_area(self) -> float | None:
         """Square metres of a pixel; None where none can be told: no transform, degrees, a Mercator projection."""
@@ -483,7 +460,7 @@ class Place:
 def read_place(path: Path) -> Place | None:
     """Where an image lies; None where that isn't known. DataError where a world file can't be read."""
     rasterio = import_rasterio()
-    names = _world_file(path), Path(f"{path}w"), path.with_suffix(".wld")
+    names = (_world_file(path), Path(f"{path}w"), path.with_suffix(".wld"))
     names = [each for name in names for each in (name, name.with_suffix(name.suffix.upper()))]
     world = next((name for name in names if os.path.isfile(name)), None)
     if rasterio is None and world:
@@ -492,7 +469,7 @@ def read_place(path: Path) -> Place | None:
         return None
     try:
         with dataset.open_raster(path) as image:
-            (gcps, crs), rpcs = image.gcps, image.rpcs
+            gcps, crs = image.gcps
             crs, transform = image.crs or crs, None if image.transform.is_identity else image.transform
     except rasterio.errors.RasterioIOError:  # `read_image` will say what is wrong with it
         return None
@@ -501,7 +478,7 @@ def read_place(path: Path) -> Place | None:
     if crs is None and os.path.isfile(prj := path.with_suffix(".prj")):
         with contextlib.suppress(rasterio.errors.CRSError):
             crs = rasterio.crs.CRS.from_wkt(prj.read_text(errors="replace"))
-    return Place(crs, transform, gcps, rpcs) if transform or gcps or rpcs else None
+    return Place(crs, transform, gcps) if transform or gcps else None
 
 
 def _world_file(path: Path) -> Path:
@@ -571,31 +548,24 @@ def _write_raster(
     path: Path, pixels: np.ndarray, place: Place | None, palette: np.ndarray | None = None, description: str = ""
 ) -> None:
     """Write uint8 or uint16 (H, W) of a place: a PNG with a world file, or a GeoTIFF, with an RGB palette in 0..1."""
-    image, buffer, is_png = Image.fromarray(pixels), io.BytesIO(), path.suffix.lower() == ".png"
+    image, is_png, text = Image.fromarray(pixels), path.suffix.lower() == ".png", PngImagePlugin.PngInfo()
     if palette is not None:
         image.putpalette((palette * 255).round().astype(np.uint8).tobytes())
-    if is_png:
-        text = PngImagePlugin.PngInfo()
-        text.add_text("Description", description)
-        image.save(buffer, "PNG", pnginfo=text)
-    else:
-        image.save(buffer, "TIFF", compression="tiff_adobe_deflate", description=description)
-    if place and not is_png:
-        buffer = _with_place(buffer, place)
-    elif place and place.transform:
+    text.add_text("Description", description)
+    if place and is_png and place.transform:
         a, b, c, d, e, f = place.transform[:6]
         with atomic_write(_world_file(path)) as file:
             file.writelines(f"{value!r}\n" for value in (a, d, b, e, c + (a + b) / 2, f + (d + e) / 2))
-    elif place:
+    elif place and is_png:
         print(f"{path}: a PNG can't hold control points: give --out a name with .tif", flush=True)
-    if place and place.crs and is_png:
-        with atomic_write(path.with_suffix(".prj")) as file:
-            file.write(place.crs.to_wkt(version="WKT1_ESRI"))
     with atomic_write(path, "wb") as file:
-        file.write(buffer.getbuffer())
+        buffer = io.BytesIO()  # each format takes what it knows of these
+        kind = "PNG" if is_png else "TIFF"
+        image.save(buffer, kind, pnginfo=text, compression="tiff_adobe_deflate", description=description)
+        file.write(buffer.getbuffer() if is_png or not place else _with_place(buffer, place))
 
 
-def _with_place(tiff: io.BytesIO, place: Place) -> io.BytesIO:
+def _with_place(tiff: io.BytesIO, place: Place) -> bytes:
     """The TIFF as a GeoTIFF."""
     import rasterio
 
@@ -605,12 +575,10 @@ def _with_place(tiff: io.BytesIO, place: Place) -> io.BytesIO:
         with rasterio.open(memory.name, "r+") as raster:
             if place.transform:
                 raster.crs, raster.transform = place.crs, place.transform
-            elif place.gcps:
+            else:
                 raster.gcps = place.gcps, place.crs
-            if place.rpcs:
-                raster.rpcs = place.rpcs
         memory.seek(0)
-        return io.BytesIO(memory.read())
+        return memory.read()
 
 
 def write_polygons(path: Path, components: np.ndarray, objects: dict[int, dict], place: Place | None) -> None:
@@ -622,36 +590,32 @@ def write_polygons(path: Path, components: np.ndarray, objects: dict[int, dict],
         objects: the properties of each by its number; `centre` is x and y in pixels.
         place: where it lies.
     """
+    from rasterio import Affine, warp
     from rasterio.features import shapes
 
-    found = [(objects[int(number)], outline["coordinates"])
-             for outline, number in shapes(components, mask=components > 0, connectivity=4)]  # fmt: skip
-    lines = [np.array(line) for properties, rings in found for line in (*rings, [properties["centre"]])]
-    points = np.concatenate([np.zeros((0, 2)), *lines])
-    degrees = _longitudes_latitudes(place, points)
-    if degrees is None:
+    grid, crs = Affine.identity(), None
+    if place and place.crs and (corner := place.transform):
+        is_known = np.isfinite(_transformed(place.crs, "EPSG:4326", [corner.c], [corner.f])).all()
+        grid, crs = (place.transform, place.crs) if is_known else (grid, None)
+    if crs is None:
         print(f"{path}: in pixels, since no reference system gives longitudes and latitudes", flush=True)
-    located = iter(np.split(points if degrees is None else degrees, np.cumsum([len(line) for line in lines])))
+    outlines, centres, properties = [], [], []
+    for outline, number in shapes(components, mask=components > 0, connectivity=4, transform=grid):
+        x, y = objects[int(number)]["centre"]
+        centre = grid.a * x + grid.b * y + grid.c, grid.d * x + grid.e * y + grid.f
+        centres.append({"type": "Point", "coordinates": centre})
+        outlines.append(outline)
+        properties.append(objects[int(number)])
+    if crs and outlines:
+        outlines, centres = (warp.transform_geom(crs, "EPSG:4326", each, precision=9) for each in (outlines, centres))
     features = []
-    for properties, rings in found:
-        coordinates = [_wound(next(located), counterclockwise=number == 0) for number in range(len(rings))]
-        geometry, centre = {"type": "Polygon", "coordinates": coordinates}, next(located)[0].tolist()
-        features.append({"type": "Feature", "properties": properties | {"centre": centre}, "geometry": geometry})
+    for outline, centre, known in zip(outlines, centres, properties, strict=True):
+        rings = outline["coordinates"]
+        outline["coordinates"] = [_wound(ring, counterclockwise=ring is rings[0]) for ring in rings]
+        known = known | {"centre": centre["coordinates"]}
+        features.append({"type": "Feature", "properties": known, "geometry": outline})
     with atomic_write(path) as file:
         json.dump({"type": "FeatureCollection", "features": features}, file)
-
-
-def _longitudes_latitudes(place: Place | None, points: np.ndarray) -> np.ndarray | None:
-    """Degrees (WGS 84), (n, 2), of x and y in pixels, (n, 2); None where they can't be had."""
-    if place is None or place.crs is None or not (place.transform or place.gcps):
-        return None
-    from rasterio import transform
-
-    grid = transform.AffineTransformer(place.transform) if place.transform else transform.GCPTransformer(place.gcps)
-    with grid:
-        x, y = grid.xy(points[:, 1], points[:, 0], offset="ul")
-    degrees = _transformed(place.crs, "EPSG:4326", x, y).T.round(9)
-    return degrees if np.isfinite(degrees).all() else None
 
 
 def _transformed(source: object, target: object, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -664,11 +628,11 @@ def _transformed(source: object, target: object, x: np.ndarray, y: np.ndarray) -
         return np.full((2, len(x)), np.nan)
 
 
-def _wound(ring: np.ndarray, counterclockwise: bool) -> list[list[float]]:
+def _wound(ring: list[tuple[float, float]], counterclockwise: bool) -> list[tuple[float, float]]:
     """A closed ring in one direction or the other: RFC 7946 wants the outer one counterclockwise, holes clockwise."""
-    x, y = (ring - ring[0]).T
+    x, y = (np.array(ring) - ring[0]).T
     is_counterclockwise = x[:-1] @ y[1:] > x[1:] @ y[:-1]
-    return (ring if is_counterclockwise == counterclockwise else ring[::-1]).tolist()
+    return ring if is_counterclockwise == counterclockwise else ring[::-1]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -10,8 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 def write_pair(folder: Path, stem: str, image_a, image_b, label, suffix: str = ".png") -> None:
     """Write one pair of arrays as the three files of a split's folder."""
     for name, array in (("A", image_a), ("B", image_b), ("label", label)):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(folder / name / f"{stem}{suffix}")
+        file = folder / name / f"{stem}{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(file)
 
 
 def random_pair(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -85,7 +84,7 @@ def start_main(**constants: object) -> multiprocessing.Process:
 
 
 def start(script: str, *arguments: object, **environment: str) -> multiprocessing.Process:
-    """`python SCRIPT ARGUMENTS`, started in the working folder, its output appended to output.txt."""
+    """`python SCRIPT ARGUMENTS`, a script of the repository or elsewhere; its output is appended to output.txt here."""
     process = PROCESSES.Process(target=_run, args=([script, *map(str, arguments)], os.environ | environment))
     process.start()
     return process
@@ -99,56 +98,16 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
     sys.argv = command
-    runpy.run_path(f"{ROOT}/{command[0]}", run_name="__main__")
-
-
-def free_port() -> str:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+    runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
 
 def as_torchrun(processes: int) -> list[dict[str, str]]:
     """The environment of each of the processes that torchrun would start here."""
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])  # one that nothing else listens on
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-class Server:
-    """`mlflow server` on this machine, in a process group of its own."""
-
-    def __init__(self, folder: Path):
-        self.folder, port = folder, free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = ["mlflow", "server", "--workers=1", "--port", port, "--backend-store-uri=sqlite:///server.db"]
-        command += ["--no-serve-artifacts", f"--default-artifact-root={folder}/artifacts"]
-        with open(folder / "server.txt", "w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command], cwd=folder, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 100
-        while True:
-            try:
-                return urllib.request.urlopen(f"{self.url}/health", timeout=1).close()
-            except OSError:
-                assert time.monotonic() < deadline, (self.folder / "server.txt").read_text()
-                time.sleep(0.1)
-
-    def signal(self, number: int) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-        if number == signal.SIGKILL:
-            self.process.wait()
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +125,6 @@ def killed_runs(tmp_path_factory, tracking_uri):
 
 @pytest.fixture(scope="session", autouse=True)
 def start_what_takes_long(request):
-    """These go on beside the other tests, if one that will be run asks for them."""
-    for name in ("killed_runs", "server"):
-        if any(name in item.fixturenames for item in request.session.items):
-            request.getfixturevalue(name)
+    """It goes on beside the other tests, if one that will be run asks for it."""
+    if any("killed_runs" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("killed_runs")

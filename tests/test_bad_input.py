@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import http.server
+import errno
 import io
 import json
 import os
@@ -13,8 +11,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +22,8 @@ from conftest import random_pair, write_pair, write_tiny
 from PIL import Image
 
 import main
-from data.download import DownloadError, download
 from dataset import LEVIRCD, DataError, find_pairs, read_image, read_mask
-from model import FusionUNet, ModelError
+from model import ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of what it sees in such files
 PAIR = random_pair(np.random.default_rng(0), 33, 47)
@@ -49,21 +44,14 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width: int, height: int, depth: int, rows: bytes, extra: bytes = b"", interlaced: int = 0) -> bytes:
+def png(width: int, height: int, depth: int, rows: bytes, extra: bytes = b"") -> bytes:
     """A colour PNG of any header, also of one that Pillow doesn't write."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, interlaced))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def png_with(kind: bytes, body: bytes) -> bytes:
     return png(47, 33, 8, b"".join(b"\0" + row.tobytes() for row in PIXELS), chunk(kind, body))
-
-
-def interlaced_png() -> bytes:
-    """Adam7's seven passes, each row unfiltered; Pillow reads this and writes none."""
-    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-    parts = [PIXELS[y::dy, x::dx] for y, x, dy, dx in passes]
-    return png(47, 33, 8, b"".join(b"\0" + row.tobytes() for part in parts for row in part), interlaced=1)
 
 
 def saved(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
@@ -91,42 +79,28 @@ def turned(orientation: int) -> Image.Exif:
 
 # Images: the file, and what is said of it, or how it is read: as PIXELS, or as Pillow decodes it by itself.
 
-HIGH = np.full((33, 47, 1), 255, np.uint8)
-SOFT = np.dstack([PIXELS, HIGH])
+SOFT = np.dstack([PIXELS, np.full((33, 47), 255, np.uint8)])
 SOFT[0, 0, 3] = 100
 IMAGES = {
     "cut short": (saved(RGB)[:900], "can't be decoded"),
     "no bytes": (b"", "can't be decoded"),
-    "text": (b"an image", "can't be decoded"),
     "palette": (saved(RGB.convert("P")), None),
     "see-through palette": (saved(RGB.convert("P"), transparency=RGB.convert("P").getpixel((0, 0))), None),
     "opaque": (saved(RGB.convert("RGBA")), PIXELS),
     "see-through": (saved(Image.new("RGBA", RGB.size)), "void all over"),
     "partly transparent": (saved(SOFT), "partly transparent"),
-    "1 bit": (saved(RGB.convert("1")), "one band, grey"),
-    "grey": (saved(GREY), "one band, grey"),
-    "grey with alpha": (saved(GREY.convert("LA")), "one band, grey"),
+    "grey": (saved(GREY), "not an image of red, green and blue"),
     "16-bit grey": (saved(PIXELS[..., 0].astype(np.uint16)), "more than 8 bits.*gdal_translate"),
     "16-bit colour": (png(47, 33, 16, (b"\0" + b"\1\2" * 3 * 47) * 33), "more than 8 bits"),
-    "floats": (saved(GREY.convert("F"), "TIFF"), "more than 8 bits"),
     "CMYK": (saved(RGB.convert("CMYK"), "JPEG"), "not an image of red, green and blue"),
     "turned JPEG": (saved(RGB, "JPEG", exif=turned(6)), "turned by its orientation tag"),
-    "turned PNG": (saved(RGB, exif=turned(6)), "turned by its orientation tag"),
     "turned TIFF": (saved(RGB, "TIFF", tiffinfo={274: 3}), "turned by its orientation tag"),
     "upright by its tag": (saved(RGB, "JPEG", exif=turned(1)), None),
-    "interlaced": (interlaced_png(), PIXELS),
-    "progressive JPEG": (saved(RGB, "JPEG", progressive=True), None),
-    "BMP": (saved(RGB, "BMP"), PIXELS),
     "TIFF": (saved(RGB, "TIFF"), PIXELS),
-    "BigTIFF": (saved(RGB, "TIFF", big_tiff=True), PIXELS),
     "TIFF of two pages": (saved(RGB, "TIFF", save_all=True, append_images=[RGB]), "2 pages|pip install rasterio"),
-    "420 million pixels in 200 bytes": (png(21_000, 20_000, 8, b""), "21000 × 20000 pixels are more than"),
     "4 billion pixels in 200 bytes": (png(65_000, 65_000, 8, b""), "65000 × 65000 pixels are more than"),
-    "no pixels": (png(0, 0, 8, b""), "can't be decoded"),
     "2 MB of text": (png_with(b"zTXt", b"k\0\0" + zlib.compress(bytes(2_000_000))), PIXELS),
     "broken EXIF": (png_with(b"eXIf", b"no tags"), PIXELS),
-    "broken resolution": (png_with(b"pHYs", b"\0"), PIXELS),
-    "broken colour profile": (png_with(b"iCCP", b""), PIXELS),
 }  # fmt: skip
 
 
@@ -150,12 +124,8 @@ def test_images(title, reader, tmp_path):
     [
         ({"photometric": "MINISBLACK"}, 3, PIXELS),  # as gdal_translate writes bands without a colour
         ({"photometric": "MINISBLACK"}, 4, PIXELS),  # the fourth is infrared, perhaps
-        ({"alpha": "NO"}, 4, PIXELS),
         ({}, 4, PIXELS),  # GDAL calls it alpha unless told otherwise, but it isn't
         ({}, 5, "not an image of red, green and blue"),
-        ({"compress": "webp", "webp_lossless": True}, 3, PIXELS),
-        ({"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16}, 3, PIXELS),
-        ({"crs": "EPSG:32614"}, 3, PIXELS),
     ],
 )
 def test_images_as_gdal_writes_them(profile, bands, expected, tmp_path, capsys):
@@ -167,8 +137,7 @@ def test_images_as_gdal_writes_them(profile, bands, expected, tmp_path, capsys):
     else:
         rgb, void = read_image(file)
         assert np.array_equal(rgb, expected) and void is None
-        said = capsys.readouterr().out
-        assert said.count("four bands") == (bands == 4)
+        assert capsys.readouterr().out.count("four bands") == (bands == 4)
 
 
 # Masks
@@ -198,7 +167,6 @@ def paletted(mask: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:
     return image
 
 
-SMOOTH = np.linspace(0, 255, MASK.size).astype(np.uint8).reshape(MASK.shape)
 TWO_READINGS = "give IGNORE=255 if 255 is not to be looked at"
 PICTURE = "one colour on black; this one is a picture"
 # The mask, and what is said of it, or what it is read as; once as PNG or as the suffix says, once as TIFF.
@@ -208,30 +176,25 @@ MASKS = {
     "all 255": (MASK | 255, MASK | 255),
     "0 and 1": (MASK // 255, MASK),
     "1 bit": (MASK > 0, MASK),
-    "0 and 254": (MASK // 255 * 254, MASK),
-    "35 pixels of 254": (speckled(MASK, 254), MASK),
-    "1, 213 and 254 along edges": (speckled(MASK, 254, 213, 1), MASK),
     "0, 1 and 255": (speckled(MASK, 255, 1), f"this one 0, 1, 255; {TWO_READINGS}"),
-    "0, 1, 2 and 255": (speckled(MASK, 255, 1, 2), f"this one 0, 1, 2, 255; {TWO_READINGS}"),
     "0, 1 and 65535": (np.maximum(speckled(MASK, 255, 1), MASK * np.uint16(257)), f"0, 1, 65535; {TWO_READINGS}"),
-    "1 and 255": (MASK | 1, TWO_READINGS),
-    "0 and 2": (MASK // 255 * 2, "this one 0, 2; save it"),
-    "0 to 3": (speckled(MASK // 255, 2, 3), "this one 0, 1, 2, 3"),
     "grey values": (GREY, "a mask holds 0 and 255"),
-    "smooth": (SMOOTH, "a mask holds 0 and 255"),
     "a photograph": (RGB, PICTURE),
     "16 bits": (MASK.astype(np.uint16), MASK),
-    "16 bits, 0 and 65535": (MASK * np.uint16(257), MASK),
-    "two bands, opaque": (Image.fromarray(MASK).convert("LA"), MASK),
     "two bands, see-through": (Image.new("LA", RGB.size), "partly transparent; a mask is opaque"),
     "grey as RGB": (Image.fromarray(MASK).convert("RGB"), MASK),
     "one colour": (Image.new("RGB", RGB.size, (255, 0, 0)), PICTURE),
-    "red on black": (coloured((255, 0, 0)), MASK),
-    "dark green on black": (coloured((0, 200, 0)), MASK),
     "red and white on black": (coloured((255, 0, 0), (255, 255, 255)), PICTURE),
+    "four bands, opaque": (Image.fromarray(MASK).convert("RGBA"), MASK),
+    "a palette of white and green": (paletted(MASK, (255, 255, 255), (0, 200, 0)), MASK),
+}  # fmt: skip
+ODD_MASKS = {  # how these were read is said
+    "35 pixels of 254": (speckled(MASK, 254), MASK),
+    "1, 213 and 254 along edges": (speckled(MASK, 254, 213, 1), MASK),
+    "16 bits, 0 and 65535": (MASK * np.uint16(257), MASK),
+    "red on black": (coloured((255, 0, 0)), MASK),
     "a palette of black and brown": (paletted(MASK, (0, 0, 0), (90, 60, 20)), MASK),
     "a palette, its black last": (paletted(255 - MASK, (90, 60, 20), (0, 0, 0)), MASK),
-    "a palette of white and green": (paletted(MASK, (255, 255, 255), (0, 200, 0)), MASK),
 }  # fmt: skip
 
 
@@ -248,18 +211,12 @@ def assert_read(file: Path, expected: np.ndarray | str, num_classes: int = 1) ->
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize("title", MASKS)
+@pytest.mark.parametrize("title", MASKS | ODD_MASKS)
 def test_masks(title, kind, reader, tmp_path):
-    mask, expected = MASKS[title]
+    mask, expected = (MASKS | ODD_MASKS)[title]
     (tmp_path / "x").write_bytes(saved(mask, kind))
     remark = assert_read(tmp_path / "x", expected if isinstance(expected, str) else expected // 255)
-    assert bool(remark) == (title in ODD)
-
-
-ODD = {
-    "0 and 254", "35 pixels of 254", "1, 213 and 254 along edges", "16 bits, 0 and 65535", "red on black",
-    "dark green on black", "a palette of black and brown", "a palette, its black last",
-}  # fmt: skip
+    assert bool(remark) == (title in ODD_MASKS)
 
 
 @pytest.mark.parametrize("image", [Image.fromarray(MASK), coloured((255, 0, 0))])
@@ -270,36 +227,19 @@ def test_masks_as_jpeg(image, tmp_path):
 
 ONES, OUTSIDE = MASK // 255, np.zeros(MASK.shape, bool)
 OUTSIDE[:3] = True
-LABEL = np.where(OUTSIDE, 255, ONES)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "no_data", "expected"),
-    [
-        (np.uint8, 255, LABEL),
-        (np.uint16, 65535, LABEL),
-        (np.int16, -9999, LABEL),
-        (np.int64, -1, LABEL),
-        (np.float64, np.nan, LABEL),
-        (np.float32, -3.4e38, LABEL),
-        (np.uint8, 0, ONES),  # else nothing would be unchanged
-    ],
-)
-def test_no_data_in_a_mask_is_void_whatever_its_type(dtype, no_data, expected, tmp_path, capsys):
-    values = ONES.astype(dtype)
-    values[OUTSIDE & (no_data != 0)] = no_data
-    (tmp_path / "x.tif").write_bytes(geotiff(values, nodata=no_data))
-    remark = assert_read(tmp_path / "x.tif", expected)
-    assert remark == ("have pixels without data, which are ignored" if no_data != 0 else "")
-    assert ("0 is unchanged in the masks" in capsys.readouterr().out) == (no_data == 0)
+LABEL = np.where(OUTSIDE, 255, ONES).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
     ("values", "profile", "num_classes", "expected"),
     [
-        (np.where(OUTSIDE, np.nan, ONES.astype(np.float64)), {}, 1, LABEL),  # without a tag, too
+        (LABEL, {"nodata": 255}, 1, LABEL),
+        (np.where(OUTSIDE, np.int16(-9999), ONES), {"nodata": -9999}, 1, LABEL),
+        (np.where(OUTSIDE, np.float32(-3.4e38), ONES), {"nodata": -3.4e38}, 1, LABEL),
+        (np.where(OUTSIDE, np.nan, ONES), {"nodata": np.nan}, 1, LABEL),
+        (np.where(OUTSIDE, np.nan, ONES), {}, 1, LABEL),  # without a tag, too
+        (ONES, {"nodata": 0}, 1, ONES),  # else nothing would be unchanged
         (ONES.astype(np.int64), {}, 1, ONES),
-        (MASK / 255.0, {}, 1, ONES),
         (MASK.astype(np.float32) / -255, {}, 1, "holds no negative or infinite values, this one -1 to 0"),
         (3 * ONES, {"nbits": 2}, 1, ONES),  # the highest of two bits
         (ONES, {"nbits": 2}, 1, ONES),
@@ -310,9 +250,11 @@ def test_no_data_in_a_mask_is_void_whatever_its_type(dtype, no_data, expected, t
         (np.dstack([MASK, MASK // 2, MASK * 0]), {}, 3, "coloured; the classes of a mask are numbers"),
     ],
 )
-def test_masks_of_any_number_of_bits(values, profile, num_classes, expected, tmp_path):
+def test_masks_of_any_number_of_bits_and_pixels_without_data(values, profile, num_classes, expected, tmp_path, capsys):
     (tmp_path / "x.tif").write_bytes(geotiff(values, **profile))
-    assert_read(tmp_path / "x.tif", expected, num_classes)
+    remark = assert_read(tmp_path / "x.tif", expected, num_classes)
+    assert remark == ("have pixels without data, which are ignored" if expected is LABEL else "")
+    assert ("0 is unchanged in the masks" in capsys.readouterr().out) == (profile.get("nodata") == 0)
 
 
 def test_a_mask_file_beside_a_mask_says_where_it_is_void(tmp_path):
@@ -335,26 +277,14 @@ def write(path: str, content: bytes = b"x", link: str | None = None) -> None:
     Path(path).symlink_to(link) if link else Path(path).write_bytes(content)
 
 
-def rename(name: str) -> None:
-    for path in list(Path().glob("val/*/x.png")):
-        path.rename(path.with_name(name))
-
-
 FOLDERS = {
-    "spaces and letters of many languages": (lambda: rename("ü 名 x.y.png"), ""),
-    "not UTF-8": (lambda: rename(os.fsdecode(b"\xff.png")), ""),
     "a link to a file": (lambda: (os.rename("val/B/x.png", "x"), write("val/B/x.png", link="../../x")), ""),
     "a link to nothing": (lambda: write("val/B/x.png", link="nowhere"), "val/B/x.png: a link that leads nowhere"),
-    "a link to itself": (lambda: write("val/B/x.png", link="x.png"), "val/B/x.png: a link that leads nowhere"),
-    "another size": (lambda: write("val/B/x.png", saved(Image.new("RGB", (8, 8)))), "8 × 8 .* has 47 × 33"),
+    "another size": (lambda: write("val/B/x.png", saved(PIXELS[:8])), r"val/B/x\.png: 47 × 8 .* has 47 × 33"),
+    "a mask's size": (lambda: write("val/label/x.png", saved(MASK[:8])), r"val/label/x\.png: 47 × 8 .* has 47 × 33"),
     "a mask is missing": (lambda: os.unlink("val/label/x.png"), "no images|no file of that name in"),
     "no folder": (lambda: shutil.rmtree("val"), "val/A: no such folder"),
-    "no label": (lambda: shutil.rmtree("val/label"), "val/label: no such folder"),
     "empty": (lambda: [path.unlink() for path in Path().glob("val/*/*")], "val/A and val/B and val/label: no images"),
-    "a file for a folder": (lambda: (shutil.rmtree("val"), write("val")), "val/A: no such folder"),
-    "lower case": (lambda: os.rename("val/A", "val/a"), "val/A: no such folder"),
-    "upper and lower case": (lambda: os.rename("val/B/x.png", "val/B/X.png"), "no file of that name in val/"),
-    ".PNG": (lambda: os.rename("val/B/x.png", "val/B/x.PNG"), ""),
     "x.png and x.tif": (lambda: write("val/B/x.tif"), "val/B/x.*: a second file beside x"),
     "hidden and system files": (lambda: [write(f"val/A/{name}") for name in (
         ".DS_Store", "._x.png", ".gitkeep", "Thumbs.db", "@eaDir/x.png/SYNO_THUMB.jpg", "#recycle/x.png", ".git/y.png",
@@ -376,23 +306,14 @@ def test_folders(title, tmp_path, monkeypatch):
         assert np.array_equal(LEVIRCD(".", "val")[0][1].permute(1, 2, 0), PIXELS)
 
 
-def test_a_folder_that_may_not_be_read(tmp_path):
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(folder: str) -> None:  # as chmod does, except to root
+        raise PermissionError(errno.EACCES, "Permission denied", folder)
+
     write_pair(tmp_path, "x", *PAIR)
-    (tmp_path / "B").chmod(0)
-    is_root = os.geteuid() == 0  # who may read everything
-    try:
-        tmp_path.chmod(0o755)
-        if is_root:
-            for folder in tmp_path.parents:
-                folder.chmod(folder.stat().st_mode | 0o055) if folder.owner() == "root" and folder != Path(
-                    "/"
-                ) else None
-            os.seteuid(65534)
-        with pytest.raises(DataError, match=r"B: can't be read .*Permission denied"):
-            find_pairs(tmp_path / "A", tmp_path / "B")
-    finally:
-        os.seteuid(0) if is_root else None
-        (tmp_path / "B").chmod(0o755)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"A: can't be read \(Permission denied\)$"):
+        find_pairs(tmp_path / "A", tmp_path / "B")
 
 
 def test_pairs_by_suffix_are_told_how_to_rename(tmp_path):
@@ -406,16 +327,6 @@ def test_pairs_by_suffix_are_told_how_to_rename(tmp_path):
     assert len(find_pairs(*folders)) == 2
 
 
-@pytest.mark.parametrize("gone", [lambda: Path("val/B/x.png").unlink(), lambda: os.truncate("val/B/x.png", 300)])
-def test_a_file_that_changes_after_it_was_checked(gone, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_pair(Path("val"), "x", *PAIR)
-    data = LEVIRCD(".", "val")
-    gone()
-    with pytest.raises(DataError, match=r"val/B/x.png: can't be decoded"):
-        data[0]
-
-
 # Random bytes flipped: a clear line, or what a reader could still make of it, but no other error and no hang.
 
 
@@ -426,12 +337,11 @@ def flipped(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("options", [{"kind": "PNG"}, {"kind": "JPEG"}, {"kind": "TIFF"},
-                                     {"kind": "TIFF", "compression": "tiff_adobe_deflate"}])  # fmt: skip
-def test_flipped_images(options, reader, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_flipped_images(kind, reader, tmp_path, monkeypatch):
     monkeypatch.setattr("dataset.MAX_PIXELS", 10**6)  # a flipped header may promise a gigabyte
     rng, file, refused = np.random.default_rng(1), tmp_path / "x", 0
-    for content, read in ((saved(RGB, **options), read_image), (saved(MASK, **options), read_mask)):
+    for content, read in ((saved(RGB, kind), read_image), (saved(MASK, kind), read_mask)):
         for _ in range(150):
             file.write_bytes(flipped(content, rng))
             try:
@@ -449,10 +359,6 @@ def test_flipped_images(options, reader, tmp_path, monkeypatch):
 CONSTANTS = {name: getattr(main, name) for name in main.TYPES} | {"EPOCHS": 5, "WEIGHTS": None}
 
 
-def record(**constants: object) -> bytes:
-    return json.dumps({"constants": CONSTANTS | constants, "demo": False, "id": "1"}).encode()
-
-
 class Payload:
     """What a malicious checkpoint holds: unpickled, it makes a file."""
 
@@ -460,62 +366,31 @@ class Payload:
         return os.mkdir, ("harm",)
 
 
-@functools.cache
-def model() -> FusionUNet:
-    return FusionUNet(weights=None, backbone="resnet18")
-
-
-def save_checkpoint(change: Callable[[dict], object]) -> None:
-    torch.save(change(model().checkpoint()), "best.pt")
-
-
-def a_run(content: bytes | None = None) -> None:
-    write("runs/old/constants.json", content or record())
-
-
-def nothing() -> None:
-    pass
+def a_run(content: bytes = b"", **constants: object) -> None:
+    record = {"constants": CONSTANTS | constants, "demo": False, "id": "1"}
+    write("runs/old/constants.json", content or json.dumps(record).encode())
 
 
 EVALUATE, RESUME = {"EVALUATE": "best.pt", "DEVICE": "cpu"}, {"RESUME": "runs/old"}
 DAMAGED = "best.pt: not a checkpoint, or damaged"
-OTHER = "best.pt: (belongs to another model|holds no backbone)"
+WRONG = "LEARNING_RATE=nan CROP_SIZE=0 DATA_DIR=None NUM_WORKERS=-1 DEVICE=tpu9 DEVICE=meta RUN_NAME=../up WEIGHTS=V9"
 RUNS = {
     "RUN_NAME is there": (a_run, {"RUN_NAME": "old"}, "RUN_NAME=old: must be a new name"),
-    "no data": (nothing, {"DATA_DIR": "nowhere"}, "nowhere/train/A: no such folder"),
-    "checkpoint: missing": (nothing, EVALUATE, "best.pt: no such checkpoint"),
-    "checkpoint: a folder": (lambda: os.mkdir("best.pt"), EVALUATE, "best.pt: no such checkpoint"),
-    "checkpoint: no bytes": (lambda: write("best.pt", b""), EVALUATE, DAMAGED),
+    "no data": (None, {"DATA_DIR": "nowhere"}, "nowhere/train/A: no such folder"),
     "checkpoint: text": (lambda: write("best.pt", b"epoch,train_loss"), EVALUATE, DAMAGED),
-    "checkpoint: an image": (lambda: write("best.pt", saved(RGB)), EVALUATE, DAMAGED),
-    "checkpoint: cut short": (
-        lambda: (save_checkpoint(lambda content: content), os.truncate("best.pt", 10**7)), EVALUATE, DAMAGED,
-    ),
-    "checkpoint: code in the pickle": (
-        lambda: save_checkpoint(lambda content: content | {"more": Payload()}), EVALUATE, DAMAGED,
-    ),
-    "checkpoint: of another model": (
-        lambda: save_checkpoint(lambda content: content | {"model": {"weight": torch.zeros(1)}}), EVALUATE, OTHER,
-    ),
-    "checkpoint: weights alone": (lambda: save_checkpoint(lambda content: content["model"]), EVALUATE, OTHER),
-    "checkpoint: a tensor": (lambda: save_checkpoint(lambda _: torch.zeros(3)), EVALUATE, DAMAGED),
-    "RESUME: nowhere": (nothing, {"RESUME": "nowhere"}, "nowhere: not the folder of a run"),
-    "RESUME: a file": (lambda: write("x"), {"RESUME": "x"}, "x: not the folder of a run"),
+    "checkpoint: code in the pickle": (lambda: torch.save({"model": Payload()}, "best.pt"), EVALUATE, DAMAGED),
+    "checkpoint: cut short": (lambda: write("best.pt", b"PK\3\4" + bytes(2000)), EVALUATE, DAMAGED),
+    "checkpoint: no backbone": (lambda: torch.save({"model": {}, "model_args": {}}, "best.pt"), EVALUATE, "holds no"),
+    "checkpoint: a tensor": (lambda: torch.save(torch.zeros(3), "best.pt"), EVALUATE, DAMAGED),
+    "RESUME: nowhere": (None, {"RESUME": "nowhere"}, "nowhere: not the folder of a run"),
     "RESUME: a damaged record": (lambda: a_run(b"{"), RESUME, "not the folder of a run"),
     "RESUME: a record of something else": (lambda: a_run(b"[]"), RESUME, "not the folder"),
-    "RESUME: a run that scored": (lambda: a_run(record(EVALUATE="best.pt")), RESUME, "that run only scored best.pt"),
+    "RESUME: a run that scored": (lambda: a_run(EVALUATE="best.pt"), RESUME, "that run only scored best.pt"),
     "RESUME: another seed": (a_run, RESUME | {"SEED": 3}, "SEED=3: the run began with 0"),
     "RESUME: fewer epochs": (a_run, RESUME | {"EPOCHS": 4}, "EPOCHS=4: may be raised, but not lowered"),
     "RESUME and EVALUATE": (a_run, RESUME | EVALUATE, "EVALUATE=best.pt: the run began with None"),
     "EVALUATE: a run's folder": (a_run, {"EVALUATE": "runs/old"}, "runs/old/best.pt: no such checkpoint"),
-    **{
-        f"{name}={value}": (nothing, {name: value}, f"(?i){name}")
-        for name, values in {
-            "EPOCH": "3", "EPOCHS": "0 -1 2.5 many True None", "LEARNING_RATE": "nan -1.0 1e999", "AMP": "1 maybe",
-            "DATA_DIR": "None", "ALPHA": "1.5", "CROP_SIZE": "0", "NUM_WORKERS": "-1", "DEVICE": "tpu9 meta",
-            "RUN_NAME": "../up", "WEIGHTS": "V9", "SPLIT": "val a/b",
-        }.items() for value in values.split()
-    },
+    **{text: (None, dict([text.split("=")]), f"(?i){text.partition('=')[0]}") for text in WRONG.split()},
 }  # fmt: skip
 
 
@@ -523,7 +398,8 @@ RUNS = {
 def test_runs(title, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare, constants, expected = RUNS[title]
-    prepare()
+    if prepare:
+        prepare()
     write_tiny(Path("tiny"))
     small = {"DATA_DIR": "tiny", "CROP_SIZE": 32, "BACKBONE": "resnet18", "WEIGHTS": None}
     constants = constants if "RESUME" in constants else small | constants
@@ -531,54 +407,3 @@ def test_runs(title, tmp_path, monkeypatch):
         main.main(**main.from_command_line([f"{name}={value}" for name, value in constants.items()]))
     assert "\n" not in str(error.value)
     assert not Path("harm").exists() and not list(Path().glob("runs/20*"))
-
-
-# Archives
-
-
-def fetch(content: bytes) -> None:
-    """Download an archive of these bytes as train, its checksum being right."""
-    Path("served").mkdir(exist_ok=True)
-    Path("served/train.zip").write_bytes(content)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="served")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        try:
-            checksums = {"train": hashlib.md5(content).hexdigest()}
-            download("fetched/here", f"http://127.0.0.1:{server.server_port}", checksums)
-        finally:
-            server.shutdown()
-
-
-def zipped(*names: str) -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in names:
-            archive.writestr(name, saved(RGB))
-    return content.getvalue()
-
-
-def assert_unpacked_inside() -> None:
-    assert all(path.is_relative_to("fetched/here/train") for path in Path().rglob("*evil*"))
-
-
-@pytest.mark.parametrize("name", ["../../evil.png", "/tmp/evil.png"])
-def test_an_archive_that_climbs_out(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fetch(zipped(name))
-    assert_unpacked_inside()
-
-
-def test_damaged_archives(tmp_path, monkeypatch):
-    """As they would be if a checksum were wrong as well."""
-    monkeypatch.chdir(tmp_path)
-    rng, whole, refused = np.random.default_rng(3), zipped("A/evil.png", "B/evil.png", "label/evil.png"), 0
-    for content in (b"PK not quite", b"PK\3\4" + bytes(200), *(flipped(whole, rng) for _ in range(150))):
-        try:
-            fetch(content)
-            assert_unpacked_inside()
-        except DownloadError as error:
-            assert "train.zip: " in str(error) and "\n" not in str(error)
-            refused += 1
-        shutil.rmtree("fetched")
-    assert refused > 75

@@ -48,16 +48,10 @@ def test_goes_on_after_a_broken_archive(served, tmp_path):
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["train", "val"]
 
 
-@pytest.mark.parametrize("fault", ["no such file", "no server", "no archive"])
-def test_a_failure_is_one_line(served, tmp_path, fault):
+def test_a_failure_is_one_line(served, tmp_path):
     folder, url, md5 = served
-    if fault == "no such file":
-        (folder / "train.zip").unlink()
-    elif fault == "no server":
-        url = "http://127.0.0.1:9"
-    else:
-        (folder / "train.zip").write_bytes(b"<html>")
-        md5["train"] = hashlib.md5(b"<html>").hexdigest()
-    with pytest.raises(DownloadError, match=rf"^{url}/train\.zip: [^\n]+$"):
-        download(tmp_path / "data", url, md5)
+    (folder / "train.zip").unlink()
+    for address in (url, "http://127.0.0.1:9"):  # where there is no server
+        with pytest.raises(DownloadError, match=rf"^{address}/train\.zip: [^\n]+$"):
+            download(tmp_path / "data", address, md5)
     assert not (tmp_path / "data" / "train").exists()

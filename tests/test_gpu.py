@@ -54,16 +54,13 @@ def test_a_step_on_a_gpu_never_waits_and_stays_there(on_a_gpu):
     assert {tensor.device.type for tensor in (logits, loss, metrics._counts, probability)} == {"cuda"}
 
 
-def test_what_waits_or_strays_is_noticed(on_a_gpu):
+def test_what_waits_is_noticed(on_a_gpu):
     """Otherwise the test above could not fail."""
     images = torch.empty(2, 2, 3, 64, 64, device="cuda")
     with pytest.raises(DataDependentOutputException):
         on_a_gpu(*images).mean().item()
     with pytest.raises(AssertionError, match="a copy from cpu to cuda"):
         on_a_gpu(*images) * torch.tensor([2.0], device="cuda")
-    on_a_gpu.mean = torch.empty(3, 1, 1)
-    with pytest.raises(RuntimeError, match="cuda"):
-        on_a_gpu(*images)
 
 
 def test_a_step_launches_few_operators(monkeypatch):

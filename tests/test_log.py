@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -37,9 +38,8 @@ def log_run(folder: str, run_id: str, rows: Sequence[dict] = ROWS, done: int = 0
 
 def logged(run_id: str) -> mlflow.entities.Run:
     """MLflow's run of that id."""
-    (run,) = mlflow.search_runs(
-        search_all_experiments=True, filter_string=f"tags.id = '{run_id}'", output_format="list"
-    )
+    tag = f"tags.id = '{run_id}'"
+    (run,) = mlflow.search_runs(search_all_experiments=True, filter_string=tag, output_format="list")
     return run
 
 
@@ -74,7 +74,7 @@ def test_how_a_run_ended():
         assert logged(status).info.status == status
 
 
-def test_names_of_the_environment_and_an_experiment_that_was_deleted(monkeypatch):
+def test_names_of_the_environment_a_deleted_experiment_and_a_run_that_is_begun(monkeypatch):
     client = mlflow.MlflowClient()
     experiment = client.create_experiment("mine")
     client.delete_experiment(experiment)
@@ -82,12 +82,8 @@ def test_names_of_the_environment_and_an_experiment_that_was_deleted(monkeypatch
     monkeypatch.setenv("MLFLOW_RUN_NAME", "a name")
     log_run("run", "named")
     assert (logged("named").info.run_name, logged("named").info.experiment_id) == ("a name", experiment)
-
-
-def test_a_run_that_mlflow_has_begun_is_taken(monkeypatch):
-    """As `mlflow run`, Databricks and Azure ML begin one."""
-    run = mlflow.MlflowClient().create_run("0")
-    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    run = client.create_run("0")
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)  # as `mlflow run`, Databricks and Azure ML begin one
     log_run("run", "begun")
     assert logged("begun").info.run_id == run.info.run_id
 
@@ -100,10 +96,7 @@ def test_a_run_of_the_user_stays_as_it_is():
 
 
 def test_a_dead_server_costs_a_line(monkeypatch, capsys, tracking_uri):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     log_run("run", "dead")
     assert capsys.readouterr().out.count("MLflow lacks a part of this run") == 2  # at once, and at the end
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
@@ -146,14 +139,19 @@ def test_what_ctrl_c_meets_is_written_to_its_end():
 
 
 def test_the_database_is_made_whole_also_without_hard_links(monkeypatch):
-    def no_links(*_: object) -> None:
-        raise OSError("Operation not permitted")
-
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(f"sqlite:///{Path.cwd()}/mlflow.db")
-    monkeypatch.setattr(metrics.os, "link", no_links)
+    monkeypatch.setattr(metrics.os, "link", Mock(side_effect=OSError("Operation not permitted")))
     try:
         metrics.create_database()
         assert mlflow.search_experiments() and [file.name for file in Path().glob("mlflow.db*")] == ["mlflow.db"]
     finally:
         mlflow.set_tracking_uri(None)
+
+
+def test_a_run_that_another_clock_began_is_seen_whole_in_tensorboard():
+    log_run("run", "clock", ROWS[:1])
+    for file in Path("run").rglob("events*"):
+        file.rename(file.with_name(file.name.replace(file.name.split(".")[3], f"{int(time.time()) + 7200}")))
+    log_run("run", "clock", done=1)
+    assert [event.step for event in EventAccumulator("run/val").Reload().Scalars("iou")] == [1, 2]

@@ -3,28 +3,35 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from sklearn import metrics as sk
 
 from dataset import IGNORED
-from metrics import ChangeMetrics, Objects, object_scores, to_classes
+from metrics import ChangeMetrics, match_objects, object_scores, to_classes
 
 
-def scores_of(predicted: np.ndarray, labelled: np.ndarray) -> dict[str, float]:
+def counted(logits: object, label: object) -> ChangeMetrics:
+    """The metrics of one class, of a row of pixels."""
     metrics = ChangeMetrics()
-    logits, label = (torch.from_numpy(array.astype(np.float32)).reshape(1, 1, 1, -1) for array in (predicted, labelled))
-    metrics.update(logits * 2 - 1, label.byte())
-    return metrics.compute()
+    metrics.update(*(torch.as_tensor(array, dtype=torch.float32).reshape(1, 1, 1, -1) for array in (logits, label)))
+    return metrics
 
 
-@pytest.mark.parametrize("share", [0.01, 0.05, 0.5, 0.99])
-def test_equal_to_scikit_learn_over_batches_of_any_size(share):
+def random_split(shift: float = -2) -> tuple[ChangeMetrics, np.ndarray, np.ndarray]:
+    """The metrics of three batches, and all their labels and logits; some logits are exactly 0."""
     rng, metrics, seen = np.random.default_rng(0), ChangeMetrics(), []
     for pairs in (4, 4, 1):
         label = (rng.random((pairs, 1, 32, 24)) < 0.1).astype(np.uint8)
-        logits = rng.normal(size=label.shape).astype(np.float32) + 2 * label - 1
+        logits = (3 * rng.normal(size=label.shape) + 4 * label + shift).astype(np.float32)
+        logits[0, 0, 0] = 0
         metrics.update(torch.from_numpy(logits), torch.from_numpy(label))
-        seen.append((label.ravel(), logits.ravel() > 0))
-    truth, guess = (np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+        seen.append((label.ravel(), logits.ravel()))
+    return metrics, *(np.concatenate(arrays) for arrays in zip(*seen, strict=True))
+
+
+def test_equal_to_scikit_learn_over_batches_of_any_size():
+    metrics, truth, logits = random_split()
+    guess = logits > 0
     expected = {
         "dice": sk.f1_score(truth, guess),
         "iou": sk.jaccard_score(truth, guess),
@@ -35,6 +42,9 @@ def test_equal_to_scikit_learn_over_batches_of_any_size(share):
         "mean_iou": sk.jaccard_score(truth, guess, average="macro"),
     }
     assert metrics.compute() == pytest.approx(expected, abs=1e-12)
+    metrics.reset()
+    with pytest.raises(ValueError, match="no pixels"):
+        metrics.compute()
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.2, 0.8])
@@ -86,11 +96,8 @@ def test_a_pixel_is_its_likeliest_class_where_change_is_likely():
 @pytest.mark.parametrize("classes", [1, 3])
 def test_ignored_pixels_count_nowhere(classes):
     rng = np.random.default_rng(0)
-    label, logits = (
-        rng.integers(0, 1 + classes, (1, 1, 16, 16)),
-        torch.from_numpy(rng.normal(size=(1, classes, 16, 16))),
-    )
-    ignored, metrics = rng.random((1, 1, 16, 16)) < 0.3, ChangeMetrics(classes)
+    label, ignored = rng.integers(0, 1 + classes, (1, 1, 16, 16)), rng.random((1, 1, 16, 16)) < 0.3
+    logits, metrics = torch.from_numpy(rng.normal(size=(1, classes, 16, 16))), ChangeMetrics(classes)
     metrics.update(logits, torch.from_numpy(np.where(ignored, 255, label)).byte())
     guess = np.where(logits.logsumexp(1).numpy() > 0, 1 + logits.argmax(1).numpy(), 0)
     truth, guess = label[~ignored], guess[:, None][~ignored]
@@ -98,66 +105,23 @@ def test_ignored_pixels_count_nowhere(classes):
     assert metrics.compute()["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess))
 
 
-def test_reset_forgets():
-    metrics = ChangeMetrics()
-    metrics.update(torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
-    metrics.reset()
-    with pytest.raises(ValueError, match="no pixels"):
-        metrics.compute()
-
-
-def test_nothing_there_and_nothing_predicted_is_right():
-    scores = scores_of(np.zeros(100), np.zeros(100))
-    assert set(scores.values()) == {1.0}
-
-
-def test_everything_changed_and_predicted_is_right():
-    assert set(scores_of(np.ones(100), np.ones(100)).values()) == {1.0}
-
-
-def test_one_side_empty_is_wrong():
-    false_alarms, misses = scores_of(np.ones(100), np.zeros(100)), scores_of(np.zeros(100), np.ones(100))
-    for name in ("dice", "iou", "precision", "recall", "accuracy", "mean_dice", "mean_iou"):
-        assert false_alarms[name] == misses[name] == 0.0
-
-
-def test_dice_that_belongs_to_an_iou_of_70_percent():
-    # 5 % of the pixels changed, as many false alarms as misses: 70 hits, 15 + 15 errors, out of 1,700.
-    predicted, labelled = np.zeros(1700), np.zeros(1700)
-    predicted[:85], labelled[15:100] = 1, 1
-    scores = scores_of(predicted, labelled)
-    assert scores["iou"] == pytest.approx(0.70)
-    assert scores["dice"] == pytest.approx(0.8235, abs=1e-4)
-    assert scores["mean_dice"] == pytest.approx(0.907, abs=1e-3)
+def test_empty_and_full_masks():
+    empty, full = np.zeros(100), np.ones(100)
+    for right in (counted(empty - 1, empty), counted(full, full)):
+        assert set(right.compute().values()) == {1.0}
+    for wrong in (counted(full, empty), counted(empty - 1, full)):
+        assert set(wrong.compute().values()) == {0.0}
 
 
 def test_counts_beyond_float32():
     # 2^24 + 1 is the first whole number that float32 lacks.
-    metrics, pixel = ChangeMetrics(), torch.ones(1, 1, 1, 1)
-    metrics.update(torch.ones(1, 1, 4096, 4096), torch.ones(1, 1, 4096, 4096, dtype=torch.uint8))
+    metrics, pixel = counted(torch.ones(2**24), torch.ones(2**24)), torch.ones(1, 1, 1, 1)
     metrics.update(pixel, pixel)
     metrics.update(pixel, 1 - pixel)
     assert metrics.compute()["precision"] == (2**24 + 1) / (2**24 + 2)
 
 
 # Thresholds
-
-
-def random_split(shift: float = -2) -> tuple[ChangeMetrics, np.ndarray, np.ndarray]:
-    """The metrics of three batches, and all their labels and logits; some logits are exactly 0."""
-    rng, metrics, seen = np.random.default_rng(0), ChangeMetrics(), []
-    for pairs in (4, 4, 1):
-        label = (rng.random((pairs, 1, 32, 24)) < 0.1).astype(np.uint8)
-        logits = (3 * rng.normal(size=label.shape) + 4 * label + shift).astype(np.float32)
-        logits[0, 0, 0] = 0
-        metrics.update(torch.from_numpy(logits), torch.from_numpy(label))
-        seen.append((label.ravel(), logits.ravel()))
-    return metrics, *(np.concatenate(arrays) for arrays in zip(*seen, strict=True))
-
-
-def test_at_one_half_they_are_the_plain_scores():
-    metrics, label, logits = random_split()
-    assert metrics.compute() == scores_of(logits > 0, label)
 
 
 def test_curve_and_average_precision_equal_scikit_learns_on_the_same_steps():
@@ -176,46 +140,30 @@ def test_the_best_threshold_is_best():
     best = metrics.best_threshold()
     probability = 1 / (1 + np.exp(-logits.astype(float)))
     every = [sk.jaccard_score(label, probability > threshold) for threshold in metrics.curve()["threshold"]]
-    assert (
-        metrics.compute(best)["iou"]
-        == pytest.approx(max(every))
-        == pytest.approx(sk.jaccard_score(label, probability > best))
-    )
-    assert best != 0.5 and metrics.compute(best)["iou"] > metrics.compute()["iou"]
+    iou = metrics.compute(best)["iou"]
+    assert iou == pytest.approx(max(every)) == pytest.approx(sk.jaccard_score(label, probability > best))
+    assert best != 0.5 and iou > metrics.compute()["iou"]
 
 
-def test_of_equal_thresholds_the_middle_one():
-    metrics = ChangeMetrics()
-    metrics.update(torch.tensor([-5.0, 5.0]).view(1, 1, 1, 2), torch.tensor([0, 1]).view(1, 1, 1, 2))
-    assert metrics.best_threshold() == 0.5 and metrics.average_precision() == 1
-
-
-def test_thresholds_where_nothing_is_labelled():
-    metrics = ChangeMetrics()
-    metrics.update(torch.randn(1, 1, 8, 8) - 20, torch.zeros(1, 1, 8, 8))
-    assert metrics.average_precision() == 0 and metrics.best_threshold() == 0.5
-    assert set(metrics.compute().values()) == {1.0}
-    assert all(np.isfinite(values).all() for values in metrics.curve().values())
-
-
-def test_what_is_not_a_number_counts_as_unchanged():
-    metrics = ChangeMetrics()
-    metrics.update(torch.full((1, 1, 4, 4), torch.nan), torch.ones(1, 1, 4, 4))
-    assert metrics.compute()["iou"] == 0 and metrics.curve()["iou"][1:].max() == 0
+def test_thresholds_where_many_are_equal_or_none_is_good():
+    perfect = counted([-5, 5], [0, 1])
+    assert perfect.best_threshold() == 0.5 and perfect.average_precision() == 1  # the middle one
+    unlabelled = counted(torch.randn(64) - 20, torch.zeros(64))
+    assert unlabelled.average_precision() == 0 and unlabelled.best_threshold() == 0.5
+    assert set(unlabelled.compute().values()) == {1.0}
+    assert all(np.isfinite(values).all() for values in unlabelled.curve().values())
+    low = counted(torch.full((16,), -20), torch.ones(16))  # only "all of it" would be right, but isn't a threshold
+    assert low.compute(low.best_threshold())["iou"] == low.curve()["iou"][1:].max() == 0
+    unknown = counted(torch.full((16,), torch.nan), torch.ones(16))  # counts as unchanged
+    assert unknown.compute()["iou"] == 0 and unknown.curve()["iou"][1:].max() == 0
 
 
 def test_a_pixel_is_changed_above_one_half_and_not_at_it():
     """However near: what is counted lies in steps of the logit, but 0 is the edge of one."""
-    logits = torch.tensor([0.0, 1e-30, -1e-30, 1e-6]).view(1, 1, 2, 2)
-    metrics = ChangeMetrics()
-    metrics.update(logits, torch.ones(1, 1, 2, 2))
-    assert metrics.compute()["recall"] == 0.5
+    assert counted([0, 1e-30, -1e-30, 1e-6], torch.ones(4)).compute()["recall"] == 0.5
 
 
-def test_the_best_threshold_is_one_that_compute_knows():
-    metrics = ChangeMetrics()
-    metrics.update(torch.full((1, 1, 4, 4), -20.0), torch.ones(1, 1, 4, 4))  # only "all of it" would be right
-    assert metrics.compute(metrics.best_threshold())["iou"] == metrics.curve()["iou"][1:].max() == 0
+# Objects
 
 
 def test_scores_of_objects():
@@ -223,39 +171,24 @@ def test_scores_of_objects():
         "object_precision": 0.5, "object_recall": pytest.approx(1 / 3), "object_f1": 0.4, "objects_labelled": 3,
         "objects_predicted": 2, "objects_matched": 1,
     }  # fmt: skip
-    nothing, missed = object_scores(0, 0, 0), object_scores(0, 2, 0)
-    assert nothing["object_precision"] == nothing["object_recall"] == nothing["object_f1"] == 1
-    assert missed["object_precision"] == missed["object_recall"] == missed["object_f1"] == 0
+    for counts, score in (((0, 0, 0), 1), ((0, 2, 0), 0)):
+        scores = object_scores(*counts)
+        assert scores["object_precision"] == scores["object_recall"] == scores["object_f1"] == score
 
 
 def matched_by_force(predicted: np.ndarray, label: np.ndarray) -> tuple[int, int, int]:
-    """Matched, labelled and predicted objects, by flood fill and by comparing all with all."""
+    """Matched, labelled and predicted objects, by comparing all with all."""
 
-    def objects(mask: np.ndarray) -> list[tuple[int, frozenset]]:
-        left, found = {(y, x): int(mask[y, x]) for y, x in np.argwhere(mask).tolist()}, []
-        while left:
-            start, kind = left.popitem()
-            area, queue = {start}, [start]
-            while queue:
-                y, x = queue.pop()
-                for near in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
-                    if left.get(near) == kind:
-                        del left[near]
-                        area.add(near)
-                        queue.append(near)
-            found.append((kind, frozenset(area)))
+    def objects(mask: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        found = []
+        for kind in (1, 2):
+            numbers, count = ndimage.label(mask == kind)
+            found += [(kind, numbers == number) for number in range(1, count + 1)]
         return found
 
     ours, theirs = objects(predicted), objects(label)
-    ious = sorted(
-        ((len(a & b) / len(a | b), i, j) for i, (k, a) in enumerate(ours) for j, (c, b) in enumerate(theirs) if k == c),
-        reverse=True,
-    )
-    taken: set[tuple[str, int]] = set()
-    for iou, i, j in ious:
-        if iou >= 0.5 and not {("ours", i), ("theirs", j)} & taken:
-            taken |= {("ours", i), ("theirs", j)}
-    return len(taken) // 2, len(theirs), len(ours)
+    pairs = [(a, b) for kind, a in ours for other, b in theirs if kind == other]
+    return sum((a & b).sum() / (a | b).sum() > 0.5 for a, b in pairs), len(theirs), len(ours)
 
 
 def test_objects_match_as_by_brute_force():
@@ -264,10 +197,9 @@ def test_objects_match_as_by_brute_force():
         shape = rng.integers(1, 14, 2)
         label = ((rng.random(shape) < 0.5) * rng.integers(1, 3, shape)).astype(np.uint8)
         predicted = np.where(rng.random(shape) < 0.15, rng.integers(0, 3, shape), label).astype(np.uint8)
-        objects = Objects(predicted, label)
-        got = int(objects.found.sum()), len(objects.found), len(objects.right)
-        assert got == matched_by_force(predicted, label) and objects.right.sum() == objects.found.sum()
-        matched += got[0]
+        counts = match_objects(predicted, label)
+        assert counts == matched_by_force(predicted, label)
+        matched += counts[0]
     assert matched > 300
 
 
@@ -275,11 +207,10 @@ def test_objects_worked_by_hand():
     label, predicted = np.zeros((2, 6, 12), np.uint8)
     label[0:2, 0:4] = label[4:6, 0:4] = 1
     predicted[0:6, 0:4] = 1  # one covers two: 8 of 24 pixels are either's
-    label[0:2, 8:12] = predicted[0:1, 8:12] = 1  # half of it
-    objects = Objects(predicted, label)
-    assert (objects.found.sum(), len(objects.found), len(objects.right)) == (1, 3, 2)
+    label[0:2, 8:12] = predicted[0, 8:12] = 1  # half of it
+    assert match_objects(predicted, label) == (0, 3, 2)
+    predicted[1, 8] = 1  # five of eight pixels
+    assert match_objects(predicted, label) == (1, 3, 2)
     label[0:2, 8:12] = IGNORED
-    objects = Objects(predicted, label)
-    assert (objects.found.sum(), len(objects.found), len(objects.right)) == (0, 2, 1)
-    nothing = Objects(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8))
-    assert len(nothing.found) == len(nothing.right) == 0
+    assert match_objects(predicted, label) == (0, 2, 1)
+    assert match_objects(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8)) == (0, 0, 0)

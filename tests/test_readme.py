@@ -1,0 +1,92 @@
+"""The README's code: each block is run as it stands, in a process of its own, where a run has been."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_pair, write_tiny
+
+from model import FusionUNet, save_checkpoint
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOK, EXPORT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture
+def after_a_run(tmp_path, monkeypatch) -> None:
+    """A working folder with the program, the demo's data and a run's checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    shutil.copy(ROOT / "visualize.py", "visualize.py")
+    write_tiny(Path("data/demo"))
+    torch.manual_seed(0)
+    model = FusionUNet(weights=None, backbone="resnet18")
+    save_checkpoint(model.checkpoint(), Path("best.pt"))
+    Path("runs/RUN_NAME").mkdir(parents=True)
+    Path("best.pt").rename("runs/RUN_NAME/best.pt")
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_notebook(after_a_run):
+    run(sys.executable, "-c", NOTEBOOK)
+    assert Path("results.png").exists()
+
+
+def test_the_notebook_shows_its_figure(after_a_run):
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    nbclient.NotebookClient(notebook).execute()
+    pictures = [output for output in notebook.cells[0].outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 1
+
+
+RUN_ELSEWHERE = """
+import sys, torch
+program, pairs = torch.export.load("model.pt2").module(), torch.load("pairs.pt")
+torch.save([program(*pair) for pair in pairs], "logits.pt")
+assert "model" not in sys.modules
+"""
+
+
+def test_the_exported_model_gives_the_same_logits_without_this_code(after_a_run):
+    run(sys.executable, "-c", EXPORT.rpartition("\n\n")[0])  # what follows needs onnxscript
+    pairs = [torch.rand(2, n, 3, height, width) for n, height, width in ((1, 64, 64), (3, 33, 47), (2, 320, 100))]
+    torch.save(pairs, "pairs.pt")
+    run(sys.executable, "-c", RUN_ELSEWHERE)
+    model = FusionUNet.load("runs/RUN_NAME", "cpu")
+    for pair, logits in zip(pairs, torch.load("logits.pt"), strict=True):
+        torch.testing.assert_close(logits, model(*pair), atol=1e-5, rtol=1e-5)
+
+
+def test_the_onnx_model_gives_the_same_logits(after_a_run):
+    pytest.importorskip("onnxscript", reason="needs onnxscript and onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxscript and onnxruntime")
+    run(sys.executable, "-c", EXPORT)
+    session, pair = onnxruntime.InferenceSession("model.onnx"), torch.rand(2, 3, 3, 256, 256)
+    names = [each.name for each in session.get_inputs()]
+    (logits,) = session.run(None, dict(zip(names, pair.numpy(), strict=True)))
+    model = FusionUNet.load("runs/RUN_NAME", "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(*pair), atol=1e-4, rtol=0)
+
+
+def test_the_command_for_masks(after_a_run):
+    (command,) = [line for line in COMMANDS if line.startswith("python visualize.py")]
+    rng = np.random.default_rng(0)
+    write_pair(Path(), "pair", *rng.integers(0, 256, (2, 64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8))
+    Path("A/pair.png").rename("before.png")
+    Path("B/pair.png").rename("after.png")
+    run(sys.executable, *command.split()[1:])
+    assert Path("mask.png").exists() and Path("mask_overlay.jpg").exists()
