@@ -309,35 +309,40 @@ def ignore_signals(_: int) -> None:
         signal.signal(number, lambda *_: os._exit(0))
 
 
-def color_jitter(images: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
-    """Random brightness, contrast and saturation, drawn for each image.
+def color_jitter(images: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
+    """Random brightness, contrast, saturation and hue, drawn for each image.
 
-    They multiply as in torchvision's `adjust_*`, in this order, by factors drawn from 1 ± strength. All three are
-    linear, so they are one matrix for each image, and values outside of 0..1 are clipped once, at the end. Each of
-    several processes draws for all their images and uses its share, so that the colours don't depend on their number.
+    The first three multiply as in torchvision's `adjust_*`, by factors drawn from 1 ± strength. Hue rotates colours
+    about the grey axis. All four are linear, so they are one matrix for each image, and values outside of 0..1 are
+    clipped once, at the end. With several processes each draws for all their images and uses its share, so that the
+    colours don't depend on their number.
 
     Args:
         images: (N, 3, H, W), uint8, on any device.
         brightness: strength, 0..1; 0 for off.
         contrast: likewise.
         saturation: likewise.
+        hue: largest rotation as a share of a full turn, 0..1.
 
     Returns:
         float32 (N, 3, H, W) in 0..1.
     """
 
-    def draw(strength: float) -> Tensor:
-        factors = torch.empty(world() * len(images), 1, 1, device=images.device)
-        return factors.uniform_(1 - strength, 1 + strength)[rank() :: world()]
+    def draw(middle: float, strength: float) -> Tensor:
+        values = torch.empty(world() * len(images), 1, 1, device=images.device)
+        return values.uniform_(middle - strength, middle + strength)[rank() :: world()]
 
     pixels = images.flatten(2) / 255  # (N, 3, H·W), float32
     luma = torch.tensor([[0.2989, 0.587, 0.114]])  # of red, green, blue: ITU-R BT.601, with torchvision's digits
     luma = luma.to(images.device, non_blocking=True)  # (1, 3); a blocking copy waits for the last step
-    bright, stretch, saturated = draw(brightness), draw(contrast), draw(saturation)
-    saturate = torch.lerp(luma.expand(3, 3), torch.eye(3, device=images.device), saturated)  # (N, 3, 3)
+    bright, stretch, saturated = (draw(1, strength) for strength in (brightness, contrast, saturation))
+    channels = torch.arange(3, device=images.device)
+    thirds = (channels - channels[:, None]) / 3  # a third of a turn takes each colour to the next
+    rotate = (1 + 2 * torch.cos(2 * math.pi * (draw(0, hue) + thirds))) / 3  # (N, 3, 3)
+    matrix = rotate @ torch.lerp(luma.expand(3, 3), torch.eye(3, device=images.device), saturated)  # (N, 3, 3)
     mean_grey = bright * (luma @ pixels.mean(2, keepdim=True))  # (N, 1, 1), about which contrast stretches
-    offset = (1 - stretch) * mean_grey * saturate.sum(2, keepdim=True)  # (N, 3, 1)
-    return torch.baddbmm(offset, stretch * bright * saturate, pixels).clamp_(0, 1).view(images.shape)
+    offset = (1 - stretch) * mean_grey * matrix.sum(2, keepdim=True)  # (N, 3, 1)
+    return torch.baddbmm(offset, stretch * bright * matrix, pixels).clamp_(0, 1).view(images.shape)
 
 
 # Files

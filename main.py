@@ -55,6 +55,7 @@ CROP_SIZE: int | None = 128  # side in pixels, in training; None: whole images. 
 BRIGHTNESS: float = 0.1  # colour jitter, drawn for each image: factor 1 ± this; 0: off
 CONTRAST: float = 0.1  # likewise
 SATURATION: float = 0.1  # likewise
+HUE: float = 0.01  # likewise, as ± a share of a full turn of the colour circle
 SWAP_DATES: float = 0.0  # probability that the dates of a crop are exchanged; 0: construction differs from demolition
 
 # MODEL
@@ -454,7 +455,7 @@ def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 def jitter(image_a: Tensor, image_b: Tensor, config: SimpleNamespace) -> Sequence[Tensor]:
     """Both dates with colour jitter, as float32 in 0..1."""
     images = torch.cat([image_a, image_b])
-    return dataset.color_jitter(images, config.BRIGHTNESS, config.CONTRAST, config.SATURATION).chunk(2)
+    return dataset.color_jitter(images, config.BRIGHTNESS, config.CONTRAST, config.SATURATION, config.HUE).chunk(2)
 
 
 # Constants
@@ -533,7 +534,7 @@ def check(config: dict[str, object], is_demo: bool) -> None:
 
     for name in ("BATCH_SIZE", "EPOCHS", "CROP_SIZE", "NUM_CLASSES"):
         require(name, config[name] != 0, "1 or more")
-    for name in ("BRIGHTNESS", "CONTRAST", "SATURATION", "SWAP_DATES", "ALPHA"):
+    for name in ("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE", "SWAP_DATES", "ALPHA"):
         require(name, config[name] <= 1, "from 0 to 1")
     for name in ("RUN_NAME", "SPLIT"):
         require(name, config[name] is None or Path(config[name]).name == config[name], "a name, not a path")

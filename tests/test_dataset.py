@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import random_pair, write_pair
 from PIL import Image
+from scipy.spatial.transform import Rotation
 from torchvision.transforms.v2 import functional
 
 from dataset import LEVIRCD, DataError, RandomBatches, color_jitter, make_loader
@@ -141,7 +142,7 @@ def test_crops_stay_together_and_take_every_turn(tmp_path):
     assert len(data) == 2 * 3  # as many as fit side by side
     turns, swaps, corners = set(), 0, set()
     for draw in range(400):
-        image_a, image_b, label = data[draw % len(data)]
+        image_a, image_b, label = data[draw % len(data), draw]
         y, x = image_a[0].int(), image_a[1].int()
         assert torch.equal(image_a[:2], image_b[:2])
         assert torch.equal(label[0].int(), (y // 2 + x) % 2)
@@ -216,7 +217,7 @@ def test_processes_share_every_batch_and_its_colours(monkeypatch):
         monkeypatch.setattr("dataset.rank", lambda: rank)
         monkeypatch.setattr("dataset.world", lambda: world)
         torch.manual_seed(3)
-        return list(RandomBatches(20, 8)), color_jitter(images[rank::world], 0.3, 0.3, 0.3)
+        return list(RandomBatches(20, 8)), color_jitter(images[rank::world], 0.3, 0.3, 0.3, 0.3)
 
     batches, colours = drawn(0, 1)
     assert [len(batch) for batch in batches] == [8, 8]
@@ -276,7 +277,7 @@ def test_jitter_agrees_with_torchvision(strengths):
     image = torch.randint(low, high, (1, 3, 24, 32), dtype=torch.uint8)
     for seed in range(8):
         torch.manual_seed(seed)
-        ours = color_jitter(image, *strengths)
+        ours = color_jitter(image, *strengths, hue=0)
         torch.manual_seed(seed)
         expected = image / 255
         adjustments = functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation
@@ -286,8 +287,18 @@ def test_jitter_agrees_with_torchvision(strengths):
                 expected = adjust(expected, factor)
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8).expand(6, 3, 8, 8)
-    jittered = color_jitter(images, 0.3, 0.3, 0.3)  # drawn for each image
+    jittered = color_jitter(images, 0.3, 0.3, 0.3, 0.3)  # drawn for each image
     assert jittered.min() >= 0 and jittered.max() <= 1 and len(jittered.flatten(1).unique(dim=0)) == 6
+
+
+def test_hue_is_a_rotation_about_the_grey_axis():
+    image = torch.randint(80, 160, (1, 3, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(0)
+    turned = color_jitter(image, 0, 0, 0, hue=0.05)[0].flatten(1).T.double().numpy()
+    torch.manual_seed(0)
+    angle = [torch.empty(1).uniform_(-strength, strength).item() for strength in (0, 0, 0, 0.05)][-1] * 2 * np.pi
+    rotation = Rotation.from_rotvec(angle * np.ones(3) / np.sqrt(3))
+    np.testing.assert_allclose(turned, rotation.apply(image[0].flatten(1).T / 255), atol=1e-6)
 
 
 # Real pairs

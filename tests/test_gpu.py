@@ -42,7 +42,7 @@ def on_a_gpu() -> Iterator[FusionUNet]:
 def test_a_step_on_a_gpu_never_waits_and_stays_there(on_a_gpu):
     images = torch.empty(2, 2, 3, 64, 64, dtype=torch.uint8, device="cuda")
     label, metrics = torch.empty(2, 1, 64, 64, dtype=torch.uint8, device="cuda"), ChangeMetrics()
-    logits = on_a_gpu(*(color_jitter(each, 0.1, 0.1, 0.1) for each in images))
+    logits = on_a_gpu(*(color_jitter(each, 0.1, 0.1, 0.1, 0.1) for each in images))
     loss = CombinedIoULoss(0.5)(logits, label)
     metrics.update(logits, label)
     for parameter in on_a_gpu.parameters():
