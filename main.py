@@ -1,4 +1,4 @@
-"""Train FusionUNet on LEVIR-CD: `python main.py`, or `python main.py CONSTANT=value …` to change a constant once."""
+"""Train FusionUNet on LEVIR-CD: `python main.py`, or `python main.py CONSTANT=value …` to change some for one run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 if __name__ == "__main__":  # before the other imports, which take seconds
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # neither a notebook's nor a closed stream has it
             stream.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
@@ -18,6 +18,7 @@ import contextlib
 import csv
 import datetime
 import difflib
+import itertools
 import json
 import math
 import os
@@ -46,17 +47,17 @@ from model import FusionUNet, ModelError, autocast, fast_dtype, pick_device, rea
 from visualize import plot_curves, plot_precision_recall, plot_predictions
 
 # DATA
-DATA_DIR: str = "data"  # holds train, val and, for scores at the end, test; without data/train a demo is drawn
+DATA_DIR: str = "data"  # holds train and, if you have them, val (else a tenth of train) and test
 FOLDERS: str = "A B label"  # of a split: before, after, masks; commas instead of spaces where the names hold spaces
 CACHE_DIR: str | None = "data/cache"  # decoded pairs, 7 bytes a pixel (4.7 GB for LEVIR-CD); None: decode each time
-NUM_CLASSES: int = 1  # of change, up to 254; 1: masks hold 0 and 255; more: 0 to this number
+NUM_CLASSES: int = 1  # of change, 1 to 254; with 1, masks hold 0 and 255; with more, 0 to this number
 IGNORE: int | None = None  # mask value of pixels that are neither trained on nor scored; None: there is none
 CROP_SIZE: int | None = 128  # side in pixels, in training; None: whole images. Scores are of tiles of 256
 BRIGHTNESS: float = 0.1  # colour jitter, drawn for each image: factor 1 ± this; 0: off
 CONTRAST: float = 0.1  # likewise
 SATURATION: float = 0.1  # likewise
 HUE: float = 0.01  # likewise, as ± a share of a full turn of the colour circle
-SWAP_DATES: float = 0.0  # probability that the dates of a crop are exchanged; 0: construction differs from demolition
+SWAP_DATES: float = 0.0  # probability that a crop's dates are exchanged; with 0, construction differs from demolition
 
 # MODEL
 BACKBONE: str = "resnet50"  # torchvision's name: "resnet18", "convnext_tiny", "swin_t" or others with four strides
@@ -77,7 +78,7 @@ ALPHA: float = 0.5  # weight of cross-entropy in the loss, the rest is soft IoU;
 DEVICE: str | None = None  # "cuda", "cuda:1", "cpu"; None: the GPU where there is one
 AMP: bool = True  # autocast to bfloat16, on GPUs without it to float16, where that is faster; False: float32
 COMPILE: bool = False  # torch.compile for the training step: starts a minute or two later; slower on a CPU
-NUM_WORKERS: int | None = None  # processes that load data; None: by the cores on a GPU, 0 on the CPU
+NUM_WORKERS: int | None = None  # processes that load data; None: up to 8, by the CPU's cores, for a GPU; else 0
 SEED: int = 0  # of the weights, the order, the crops and the colours
 DETERMINISTIC: bool = False  # True: the same bits again on CUDA too, slower; the CPU always gives them
 RESUME: str | None = None  # folder of a run to continue, such as runs/RUN; None: a new run
@@ -86,18 +87,19 @@ EVALUATE: str | None = None  # run, or checkpoint of one, to score instead of tr
 SPLIT: str = "test"  # what EVALUATE scores; training ends with the scores of test, if it is there
 TTA: bool = False  # True: scores are averaged over flips and quarter turns, in eight times the time
 
-# DEMO: replaces the constants above where DATA_DIR holds no data yet, for a run of minutes on two CPU cores
+# DEMO: replaces the constants above while DATA_DIR is "data" and holds no data, for a run of minutes on two CPU cores
 DEMO = {"DATA_DIR": "data/demo", "WEIGHTS": None, "BATCH_SIZE": 4, "EPOCHS": 3, "WARMUP_EPOCHS": 0.2}
 
 # The types of the constants, by their annotations; where an edit has dropped one, that of the value.
 CONSTANTS = [name for name in globals() if name.isupper() and name not in ("IGNORED", "LEVIRCD", "DEMO")]
 TYPES = {name: type(globals()[name]) for name in CONSTANTS} | typing.get_type_hints(sys.modules[__name__])
-MAY_CHANGE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS", "RESUME")  # when a run is resumed
+RESUME_MAY_CHANGE = ("EPOCHS", "DATA_DIR", "CACHE_DIR", "DEVICE", "COMPILE", "NUM_WORKERS")
 
 PROTOCOL_CROP = 256  # side in pixels of the tiles on which published scores are computed
 READ_EVERY = 20  # steps between two readings of the loss, for which the host waits for the GPU
-REFRESH_UNTIL = 200  # steps, up to which BatchNorm statistics are re-estimated before each validation
-ENOUGH_PAIRS = 8  # per process, from which on BatchNorm uses its own statistics; with fewer it is synchronised
+REFRESH_UNTIL = 200  # steps; BatchNorm statistics are re-estimated before a validation that comes before this step
+ENOUGH_PAIRS = 8  # per process; with fewer, BatchNorm is synchronised across GPUs
+NOT_FINITE = "the loss isn't finite; start a new run with a lower LEARNING_RATE or with AMP=False"
 
 
 def main(**overrides: object) -> dict[str, float]:
@@ -123,7 +125,7 @@ def main(**overrides: object) -> dict[str, float]:
             data = open_data(config, record["demo"])
             arguments = config.FREEZE_BACKBONE, config.NUM_CLASSES, config.BACKBONE, config.FUSION
             model = FusionUNet(config.WEIGHTS, *arguments).to(device, memory_format=torch.channels_last)
-        loader, val_loader = (load(data[split], config, device) for split in ("train", "val"))
+        loader, val_loader = (open_loader(data[split], config, device) for split in ("train", "val"))
         criterion = CombinedIoULoss(config.ALPHA)
         state, rows = make_state(model, config, len(loader))
 
@@ -186,7 +188,7 @@ def train_one_epoch(
                 bar.set_postfix(loss=f"{total / max(pairs, 1):.4f}", refresh=False)
                 if not math.isfinite(total) or (overflowed and scaler.get_scale() < 1) or pairs == 0:
                     steps = f"epoch {epoch}, steps {1 + (step - 1) // READ_EVERY * READ_EVERY} to {step}"
-                    raise FloatingPointError(f"{steps}: the loss isn't finite; lower LEARNING_RATE or set AMP=False")
+                    raise FloatingPointError(f"{steps}: {NOT_FINITE}")
     scores = {"loss": total / pairs, **metrics.compute()}
     scores["pairs_per_second"] = world() * pairs / (time.perf_counter() - start)
     row = prefixed("train", scores) | {"learning_rate": learning_rate}
@@ -206,8 +208,9 @@ def evaluate(
     """
     device, start = model.mean.device, time.perf_counter()
     metrics, loss_sum, pairs = ChangeMetrics(config.NUM_CLASSES), torch.zeros((), device=device), 0
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)  # the first process's BatchNorm statistics, which are saved
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)  # the first process's BatchNorm statistics, which are saved
     model.eval()
     forward = model.average_over_flips if tta else model
     with progress(desc=name, total=len(loader.dataset), unit="pair") as bar:
@@ -224,7 +227,7 @@ def evaluate(
         dist.all_reduce(sums)
     loss, pairs = sums.tolist()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"{name}: the loss isn't finite; lower LEARNING_RATE or set AMP=False")
+        raise FloatingPointError(f"{name}: {NOT_FINITE}")
     scores = {"loss": loss / pairs, **metrics.compute(), "pairs_per_second": pairs / (time.perf_counter() - start)}
     return scores, metrics
 
@@ -239,7 +242,7 @@ def refresh_batchnorm(model: FusionUNet, loader: DataLoader, config: SimpleNames
              if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.weight.requires_grad]  # fmt: skip
     momenta, device = [norm.momentum for norm in norms], model.mean.device
     model.train()
-    for step, batch in zip(range(1, 21), loader, strict=False):
+    for step, batch in enumerate(itertools.islice(loader, 20), 1):
         for norm in norms:
             norm.momentum = 1 / step  # the mean of all; None means the same, but makes the host wait in each layer
         image_a, image_b, _ = to_device(batch, device)
@@ -289,7 +292,7 @@ def finish_run(
     best = FusionUNet.load(log.folder / "best.pt", device)
     epoch = read_checkpoint(log.folder / "best.pt")["epoch"]
     scores = {name: value for name, value in log.rows[epoch - 1].items() if name.startswith("val_")}
-    log.scores("val_best", {name.removeprefix("val_"): value for name, value in scores.items()})
+    log.final_scores("val_best", {name.removeprefix("val_"): value for name, value in scores.items()})
     plot_curves(log.folder / "metrics.csv", epoch, log.folder / "curves.png")
     picture, title = log.folder / "validation_predictions.png", f"{log.folder.name}, epoch {epoch}"
     plot_predictions(best, data["val"], device, path=picture, title=f"{title}, validation")
@@ -302,9 +305,9 @@ def finish_run(
              if f"{split}_iou" in scores]  # fmt: skip
     announce(
         f"\n{title}, the best of {len(log.rows)}: {'; '.join(found)}\n"
-        f"  everything      {log.folder}: best.pt, metrics.csv, curves.png and more (see README.md)\n"
-        f"  your own masks  python visualize.py {shlex.quote(str(log.folder / 'best.pt'))} BEFORE AFTER\n"
-        f"  all runs        tensorboard --logdir {log.folder.parent}"
+        f"  files            {log.folder}: best.pt, metrics.csv, curves.png and more (see README.md)\n"
+        f"  predict a pair   python visualize.py {shlex.quote(str(log.folder / 'best.pt'))} BEFORE AFTER\n"
+        f"  compare runs     tensorboard --logdir {log.folder.parent}"
     )
     return scores
 
@@ -327,7 +330,7 @@ def evaluate_checkpoint(config: SimpleNamespace, record: dict, device: torch.dev
 
 
 def score(model: FusionUNet, data: LEVIRCD, title: str, config: SimpleNamespace, log: ScoreLog) -> dict[str, float]:
-    """Score a whole split in crops of 256 pixels, as the field does, and in whole images, as users see them.
+    """Score a whole split in crops of 256 pixels, as published results do, and in whole images, as users see them.
 
     Returns:
         The scores in crops at 0.5 (`test_iou`) and at the checkpoint's threshold (`test_tuned_iou`), in whole images
@@ -335,25 +338,28 @@ def score(model: FusionUNet, data: LEVIRCD, title: str, config: SimpleNamespace,
     """
     split, device = data.split, model.mean.device
     title += f", {split}" + (", averaged over flips and turns" if config.TTA else "")
-    _, crops = evaluate(model, load(data, config, device), CombinedIoULoss(config.ALPHA), config, split, config.TTA)
+    loader, criterion = open_loader(data, config, device), CombinedIoULoss(config.ALPHA)
+    _, crops = evaluate(model, loader, criterion, config, split, config.TTA)
     images = open_split(config, split)
     torch.backends.cudnn.benchmark = False  # whole images may have many sizes
     whole, rows = score_images(model, images, config)
     scores, table, points = {"average_precision": crops.average_precision(), "threshold": model.threshold}, {}, {}
     for protocol, prefix, metrics in ((f"crops of {PROTOCOL_CROP}", "", crops), ("whole images", "whole_", whole)):
         for threshold, tuned in ((0.5, ""), (model.threshold, "tuned_")):
-            row = table[f"{protocol} > {threshold:.4g}"] = metrics.compute(threshold)
+            row = metrics.compute(threshold)
+            table[f"{protocol} > {threshold:.4g}"] = row
             scores |= {f"{prefix}{tuned}{name}": value for name, value in row.items()}
             if metrics is crops:
                 points[threshold] = row
     counts = [sum(row[f"{kind}_objects"] for row in rows) for kind in ("matched", "labelled", "predicted")]
-    scores |= (objects := object_scores(*counts))
+    objects = object_scores(*counts)
+    scores |= objects
     announce(
         f"{config.DATA_DIR}, {title}: {len(rows)} images; {model.threshold:.4g} was the best threshold on validation\n"
         f"{format_table(table)}\n"
         f"objects at an IoU of 0.5: {', '.join(f'{name} {value:.4g}' for name, value in objects.items())}"
     )
-    log.scores(split, scores)
+    log.final_scores(split, scores)
     scores = prefixed(split, scores)
     with atomic_write(log.folder / f"{split}_metrics.json") as file:
         file.write(json.dumps(scores, indent=2) + "\n")
@@ -415,8 +421,10 @@ def open_data(config: SimpleNamespace, is_demo: bool) -> dict[str, LEVIRCD]:
     crop = (config.CROP_SIZE,) * 2 if config.CROP_SIZE else data["train"].sizes[0]
     pairs = min(config.BATCH_SIZE, len(data["train"])) // world()
     if pairs * math.prod(-(-side // 32) for side in crop) < 2:
-        raise OptionError(f"BATCH_SIZE={config.BATCH_SIZE}, CROP_SIZE={config.CROP_SIZE}: leave BatchNorm one value a "
-                          "channel at stride 32: raise one of them")  # fmt: skip
+        sizes = f"BATCH_SIZE={config.BATCH_SIZE}, CROP_SIZE={config.CROP_SIZE}"
+        raise OptionError(
+            f"{sizes}: too small: BatchNorm needs more than one value per channel at stride 32; raise one"
+        )
     test = Path(config.DATA_DIR, "test")
     if any(dataset.images_in(test / folder_names(config.FOLDERS)[2])):
         data["test"] = open_split(config, "test", PROTOCOL_CROP)
@@ -437,8 +445,8 @@ def open_split(config: SimpleNamespace, split: str, crop_size: int | None = None
     return data
 
 
-def load(data: LEVIRCD, config: SimpleNamespace, device: torch.device) -> DataLoader:
-    """A loader of this process's share of a split: of each batch to train on, or of the batches to evaluate."""
+def open_loader(data: LEVIRCD, config: SimpleNamespace, device: torch.device) -> DataLoader:
+    """This process's loader of a split: its part of every training batch, or every n-th evaluation batch."""
     if data.augment:
         batches = dataset.RandomBatches(len(data), config.BATCH_SIZE)
     else:  # of about as many pixels as this process trains on in a step, for which there is memory
@@ -468,7 +476,7 @@ class OptionError(DataError):
 def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
     """The constants of this run, and the record of the run to resume, which for a new run holds `demo` alone.
 
-    What is given comes first, then what the run to resume or evaluate had or, without data, the demo's values.
+    Given values come first, then those of the run to resume or evaluate, or the demo's, then those in this file.
     """
     used = set(re.findall(r'config(?:\.|\[")([A-Z_]+)', Path(__file__).read_text(encoding="utf-8")))
     for name in used - TYPES.keys():
@@ -482,8 +490,8 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         record = read_record(Path(resumed))
         config |= record["constants"] | given | {"RESUME": resumed}
         for name, began in record["constants"].items():
-            if name not in MAY_CHANGE and config[name] != began:
-                allowed = ", ".join(MAY_CHANGE)
+            if name not in (*RESUME_MAY_CHANGE, "RESUME") and config[name] != began:
+                allowed = ", ".join(RESUME_MAY_CHANGE)
                 raise OptionError(f"{name}={config[name]}: the run began with {began}; only {allowed} may change")
         if config["EPOCHS"] < record["constants"]["EPOCHS"]:
             raise OptionError(f"EPOCHS={config['EPOCHS']}: may be raised, but not lowered, when a run is resumed")
@@ -526,7 +534,7 @@ def parse(name: str, value: object) -> object:
 
 
 def check(config: dict[str, object], is_demo: bool) -> None:
-    """Check what types don't tell; OptionError where a value isn't possible."""
+    """Check what the types can't; OptionError where a value isn't possible."""
 
     def require(name: str, condition: bool, rule: str) -> None:
         if not condition:
@@ -549,7 +557,7 @@ def check(config: dict[str, object], is_demo: bool) -> None:
 
 
 def has_data(folders: str) -> bool:
-    """Whether data/ holds a data set; OptionError where it holds images in another layout, lest a demo hides them."""
+    """Whether data/ holds a data set; OptionError where it holds images in another layout."""
     if Path("data", "train").is_dir():
         return True
     for folder in {Path("data").resolve(), Path(__file__).resolve().parent / "data"}:
@@ -582,7 +590,7 @@ def open_run(config: SimpleNamespace, record: dict, rows: list[dict]) -> Iterato
         yield None
         return
     folder = Path(config.RESUME or Path("runs", config.RUN_NAME or time.strftime("%Y-%m-%d_%H-%M-%S")))
-    while not config.RESUME and folder.exists():  # two that started within a second
+    while not config.RESUME and folder.exists():  # another run started in the same second
         folder = folder.with_name(folder.name + "_2")
     folder.mkdir(parents=True, exist_ok=True)
     for part in folder.glob(".*.part"):  # left by a process that was killed
@@ -593,7 +601,7 @@ def open_run(config: SimpleNamespace, record: dict, rows: list[dict]) -> Iterato
     try:
         with ScoreLog(folder, record, rows) as log:
             yield log
-    except (FloatingPointError, torch.OutOfMemoryError):  # which would come again
+    except (FloatingPointError, torch.OutOfMemoryError):  # resuming would only repeat them
         raise
     except BaseException:
         if config.EVALUATE is None:
@@ -617,7 +625,7 @@ def describe(config: SimpleNamespace, record: dict, device: torch.device, data: 
 
 
 def read_record(folder: Path) -> dict:
-    """The record in the folder of a training run; OptionError where there is none of this version of the program."""
+    """The record in the folder of a training run; OptionError if there is none, or if another version made it."""
     try:
         record = json.loads((folder / "constants.json").read_text(encoding="utf-8"))
         differing = sorted(record["constants"].keys() ^ TYPES.keys())
@@ -625,14 +633,15 @@ def read_record(folder: Path) -> dict:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise OptionError(f"{folder}: not the folder of a run ({error}); give one of runs/") from error
     if differing:
-        raise OptionError(f"{folder}: made by another version of this program, without or with {', '.join(differing)}")
+        names = ", ".join(differing)
+        raise OptionError(f"{folder}: made by another version of this program; new or gone: {names}")
     if scored is not None:
         raise OptionError(f"{folder}: that run only scored {scored}; give EVALUATE={scored} again")
     return record
 
 
 def make_state(model: FusionUNet, config: SimpleNamespace, steps_per_epoch: int) -> tuple[SimpleNamespace, list[dict]]:
-    """The model with all that trains it, and the rows of its epochs so far; of a resumed run as last.pt has them."""
+    """Model, optimizers, schedulers and scaler, and the scores of past epochs; restored from last.pt on RESUME."""
     optimizers = network.make_optimizers(model, config.LEARNING_RATE, config.WEIGHT_DECAY)
     float16 = config.AMP and fast_dtype(model.mean.device) == torch.float16
     scaler = torch.amp.GradScaler(model.mean.device.type, enabled=float16)
@@ -654,8 +663,9 @@ def make_state(model: FusionUNet, config: SimpleNamespace, steps_per_epoch: int)
     warmup, steps = config.WARMUP_EPOCHS * steps_per_epoch, config.EPOCHS * steps_per_epoch
     schedulers = [LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps), steps_taken - 1)
                   for optimizer in optimizers]  # fmt: skip
-    parts = {"parallel": distribute(model, config), "optimizers": optimizers, "schedulers": schedulers}
-    return SimpleNamespace(model=model, scaler=scaler, **parts), rows
+    parallel = distribute(model, config)
+    state = SimpleNamespace(model=model, parallel=parallel, optimizers=optimizers, schedulers=schedulers, scaler=scaler)
+    return state, rows
 
 
 def warmup_cosine(step: int, warmup: float, steps: int) -> float:
@@ -698,7 +708,7 @@ def process_group() -> Iterator[None]:
 
 
 def leave_group() -> None:
-    """Continue alone."""
+    """Leave the process group, if there is one: afterwards every process has rank 0 of 1."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

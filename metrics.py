@@ -292,7 +292,7 @@ class ScoreLog:
         """Pass the newest epoch to MLflow, now that it is saved; doesn't wait."""
         self._mlflow.send(self.rows[-1:], first=len(self.rows))
 
-    def scores(self, split: str, scores: dict[str, float]) -> None:
+    def final_scores(self, split: str, scores: dict[str, float]) -> None:
         """Log scores that the run ends with, of a split or of "val_best", the best epoch's validation."""
         scores = {f"{split}/{name}": value for name, value in scores.items()}
         self._scores |= scores

@@ -33,7 +33,7 @@ def log_run(folder: str, run_id: str, rows: Sequence[dict] = ROWS, done: int = 0
         for row in rows[done:]:
             log.epoch(row)
             log.send()
-        log.scores("test", {"iou": 0.75})
+        log.final_scores("test", {"iou": 0.75})
 
 
 def logged(run_id: str) -> mlflow.entities.Run:

@@ -365,8 +365,8 @@ def test_what_is_not_gone_on_with(trained):
     del content["steps_taken"]
     torch.save(content, last)
     refused(ModelError, r"last\.pt: made by an older version")
-    record.write_text(record.read_text().replace('"ALPHA"', '"HUE"'))
-    refused(OptionError, r"runs/run: made by another version of this program, .* ALPHA, HUE")
+    record.write_text(record.read_text().replace('"ALPHA"', '"GAMMA"'))
+    refused(OptionError, r"runs/run: made by another version of this program; .*: ALPHA, GAMMA")
 
 
 def test_fine_tuning_starts_from_a_checkpoint(trained):
@@ -421,7 +421,7 @@ def test_too_small_batches_are_one_line_in_every_process(tiny):
     lines = Path("output.txt").read_text().splitlines()
     errors = [line.partition(": lower")[0] for line in lines if line.startswith("error: ")]
     assert errors.count("error: 16 crops don't fill a batch of 18 to share") == 2
-    assert any(line.startswith("error: BATCH_SIZE=1, CROP_SIZE=32: leave BatchNorm one value") for line in lines)
+    assert any(line.startswith("error: BATCH_SIZE=1, CROP_SIZE=32: too small: BatchNorm needs") for line in lines)
     assert not any(line.startswith("Traceback") for line in lines)
 
 
@@ -467,7 +467,7 @@ def test_an_evaluation_batch_holds_no_more_pixels_than_a_process_trains_on(tmp_p
     config = SimpleNamespace(BATCH_SIZE=64, CROP_SIZE=128, NUM_WORKERS=0)
     for world, items in ((1, 4), (8, 2), (64, 1)):
         monkeypatch.setattr(main, "world", lambda world=world: world)
-        assert max(map(len, main.load(data, config, device).batch_sampler)) <= items
+        assert max(map(len, main.open_loader(data, config, device).batch_sampler)) <= items
 
 
 def test_a_process_that_sees_one_gpu_takes_it(monkeypatch):
@@ -519,7 +519,7 @@ def test_float16_trains_as_float32_does_and_goes_on_to_the_bit_after_it_overflow
     assert table("whole")[0]["train_loss"] == pytest.approx(table("run")[0]["train_loss"], abs=0.02)
     with monkeypatch.context() as patch:
         overflow(patch, steps=range(5, 100))
-        with pytest.raises(FloatingPointError, match=r"epoch 2, steps 1 to 4: the loss isn't finite; .* set AMP=False"):
+        with pytest.raises(FloatingPointError, match=r"epoch 2, steps 1 to 4: the loss isn't finite; .* AMP=False"):
             main.main(**constants | {"RUN_NAME": "ended"})
     main.main(RESUME="runs/ended")
     ours, theirs = (torch.load(f"runs/{name}/last.pt", weights_only=True) for name in ("whole", "ended"))
@@ -565,7 +565,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(trained, monkeypatch, split):
     monkeypatch.setattr(CombinedIoULoss, "forward", broken)
     where = "epoch 2, steps 1 to 4" if split == "train" else "validation"
     with pytest.raises(
-        FloatingPointError, match=f"{where}: the loss isn't finite; lower LEARNING_RATE or set AMP=False"
+        FloatingPointError, match=f"{where}: the loss isn't finite; start a new run with a lower LEARNING_RATE"
     ):
         main.main(RESUME="runs/run", EPOCHS=2)
     assert all(Path("runs/run", name).read_bytes() == content for name, content in held.items())
