@@ -422,9 +422,7 @@ def open_data(config: SimpleNamespace, is_demo: bool) -> dict[str, LEVIRCD]:
     pairs = min(config.BATCH_SIZE, len(data["train"])) // world()
     if pairs * math.prod(-(-side // 32) for side in crop) < 2:
         sizes = f"BATCH_SIZE={config.BATCH_SIZE}, CROP_SIZE={config.CROP_SIZE}"
-        raise OptionError(
-            f"{sizes}: too small: BatchNorm needs more than one value per channel at stride 32; raise one"
-        )
+        raise OptionError(f"{sizes}: too small: BatchNorm needs more than a value per channel at stride 32; raise one")
     test = Path(config.DATA_DIR, "test")
     if any(dataset.images_in(test / folder_names(config.FOLDERS)[2])):
         data["test"] = open_split(config, "test", PROTOCOL_CROP)
