@@ -1,4 +1,4 @@
-"""LEVIR-CD pairs, from files to batches of tensors: found, checked, decoded once, cropped and augmented."""
+"""LEVIR-CD pairs, from files to batches: found, checked, decoded once, cropped and flipped; and colour jitter."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LEVIRCD(Dataset):
         split: "train", "val", "test" or any other folder of `root`. Where there is no val, a tenth of the pairs of
             train, chosen by their names, are val instead.
         crop_size: side of a crop or tile in pixels; None for whole images.
-        augment: random crops instead of tiles.
+        augment: random crops, rotated and mirrored, instead of tiles; colours change later, in `color_jitter`.
         cache_dir: folder for decoded pairs, 7 bytes a pixel, shared by all processes; None decodes at each access.
         num_classes: classes of change; masks hold 0 and 255, or 0 to `num_classes`.
         ignore: mask value of pixels to ignore; None for no such value.

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy and soft IoU, weighed against each other."""
+"""The loss of training and validation: cross-entropy and soft IoU, weighed against each other."""
 
 import torch
 import torch.nn.functional as F

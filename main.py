@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -9,8 +10,9 @@ if __name__ == "__main__":  # before the other imports, which take seconds
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, lambda received, _: sys.exit(128 + received))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # neither a notebook's nor a closed stream has it
+        if hasattr(stream, "reconfigure"):  # a notebook's hasn't
             stream.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
 
 import ast
@@ -21,7 +23,6 @@ import difflib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -150,7 +151,7 @@ def train_one_epoch(
     state: SimpleNamespace, loader: DataLoader, criterion: nn.Module, config: SimpleNamespace, epoch: int,
     log: ScoreLog | None,
 ) -> dict[str, float]:  # fmt: skip
-    """One pass over the training split; returns `train_loss`, `train_iou`, … and the learning rates."""
+    """One pass over the training split; returns `train_loss`, `train_iou`, … and the learning rate."""
     model, optimizers, schedulers, scaler = state.model, state.optimizers, state.schedulers, state.scaler
     device, start = model.mean.device, time.perf_counter()
     metrics, loss_sum, pairs = ChangeMetrics(config.NUM_CLASSES), torch.zeros((), device=device), 0
@@ -476,16 +477,19 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
 
     Given values come first, then those of the run to resume or evaluate, or the demo's, then those in this file.
     """
-    used = set(re.findall(r'config(?:\.|\[")([A-Z_]+)', Path(__file__).read_text(encoding="utf-8")))
+    used = set(re.findall(r'config(?:\.|\[")([A-Z][A-Z0-9_]*)', Path(__file__).read_text(encoding="utf-8")))
     for name in used - TYPES.keys():
         raise OptionError(f"{name}: not among the constants in main.py any more; was it renamed?")
     for name in TYPES.keys() - used:
-        announce(f"{name}: added to main.py, but nothing reads it")
+        announce(f"{name}: nothing in main.py reads config.{name}")
     given = {name: parse(name, value) for name, value in overrides.items()}
     config = {name: parse(name, globals()[name]) for name in TYPES} | given
     record, resumed, evaluated = {"demo": False}, config["RESUME"], config["EVALUATE"]
     if resumed is not None:
         record = read_record(Path(resumed))
+        if differing := sorted(record["constants"].keys() ^ TYPES.keys()):
+            names = ", ".join(differing)
+            raise OptionError(f"{resumed}: made by another version of this program; new or gone: {names}")
         config |= record["constants"] | given | {"RESUME": resumed}
         for name, began in record["constants"].items():
             if name not in (*RESUME_MAY_CHANGE, "RESUME") and config[name] != began:
@@ -498,7 +502,7 @@ def configure(overrides: dict[str, object]) -> tuple[SimpleNamespace, dict]:
         if (folder / "constants.json").exists():
             own = {name: config[name] for name in ("EVALUATE", "SPLIT", "RUN_NAME", "DEVICE", "NUM_WORKERS", "TTA")}
             trained = read_record(folder)
-            config |= trained["constants"] | own | given
+            config |= {name: value for name, value in trained["constants"].items() if name in TYPES} | own | given
             record["demo"] = trained["demo"] and "DATA_DIR" not in given
     elif config["DATA_DIR"] == "data" and "DATA_DIR" not in given and not has_data(config["FOLDERS"]):
         record["demo"] = True
@@ -623,16 +627,12 @@ def describe(config: SimpleNamespace, record: dict, device: torch.device, data: 
 
 
 def read_record(folder: Path) -> dict:
-    """The record in the folder of a training run; OptionError if there is none, or if another version made it."""
+    """The record in the folder of a training run; OptionError if there is none."""
     try:
         record = json.loads((folder / "constants.json").read_text(encoding="utf-8"))
-        differing = sorted(record["constants"].keys() ^ TYPES.keys())
         scored = record["constants"]["EVALUATE"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise OptionError(f"{folder}: not the folder of a run ({error}); give one of runs/") from error
-    if differing:
-        names = ", ".join(differing)
-        raise OptionError(f"{folder}: made by another version of this program; new or gone: {names}")
     if scored is not None:
         raise OptionError(f"{folder}: that run only scored {scored}; give EVALUATE={scored} again")
     return record

@@ -89,7 +89,7 @@ class ChangeMetrics:
         return _scores(self.confusion(threshold))
 
     def confusion(self, threshold: float = 0.5) -> np.ndarray:
-        """Pixels as (predicted, labelled), float64 (1 + K, 1 + K), at a threshold as in `compute`."""
+        """Pixels as (predicted, labelled), float64 (1 + K, 1 + K), at a threshold; to be called as `compute`."""
         nearest = int((self.LOGITS.double().sigmoid() - threshold).abs().argmin())
         passed, all_pixels = self._passed()[[1 + nearest, 0]]
         return np.vstack([(all_pixels - passed).sum(0), passed])
@@ -272,7 +272,8 @@ class ScoreLog:
     def epoch(self, row: dict[str, float], picture: Path | None = None) -> None:
         """Log the scores of the next epoch, and a picture; `send` passes them to MLflow.
 
-        For TensorBoard train and val are two runs, so that it draws both into one chart.
+        For TensorBoard train and val are two runs, so that it draws both into one chart; all but loss and IoU are under
+        `more/`. Names that begin with neither `train_` nor `val_` stand in metrics.csv and MLflow alone.
         """
         self.rows.append({name: float(value) for name, value in row.items()})  # plain numbers, for the checkpoint
         self._write_csv()

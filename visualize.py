@@ -9,8 +9,9 @@ import sys
 if __name__ == "__main__":  # before the other imports, which take seconds
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # neither a notebook's nor a closed stream has it
+        if hasattr(stream, "reconfigure"):  # a notebook's hasn't
             stream.reconfigure(errors="replace")  # a console may lack ² or the letters of a name
 
 import argparse
@@ -268,9 +269,10 @@ def write_masks(options: argparse.Namespace) -> None:
     if is_folder:
         _write_summary(out)
     else:
-        print(f"written: {', '.join(map(str, files.values()))}", flush=True)
+        written = [str(file) for file in (*files.values(), _world_file(out)) if file.exists()]
+        print(f"written: {', '.join(written)}", flush=True)
     if skipped:
-        print(f"{out}: {_count(skipped, 'mask')} already there; --overwrite replaces them", flush=True)
+        print(f"{out}: {_count(skipped, 'mask')} already there, of whatever options; --overwrite replaces", flush=True)
     if failures:
         print("\n".join(failures), flush=True)
         raise DataError(f"{len(failures)} of {_count(len(names), 'pair')} failed, see above")
@@ -640,7 +642,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description="Mark what changed between two images, or between the images of two folders: writes masks and, to "
         "look at, the images after with the changes outlined, and prints how much changed.",
-        epilog="No file is replaced without --overwrite. README.md says more.",
+        epilog="No mask is replaced without --overwrite. README.md says more.",
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="best.pt of a run")

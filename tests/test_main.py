@@ -237,11 +237,11 @@ def test_constants_edited_by_hand_in_a_process_that_has_no_programs_beside_it(un
     Path("edited.py").write_text(text)
     constants = QUICK | {"DATA_DIR": unscored}
     arguments = [f"{name}={value}" for name, value in constants.items() if name not in ("EPOCHS", "BACKBONE")]
-    run = start(Path("edited.py").resolve(), *arguments, RANK="0", PATH="")
+    run = start(Path("edited.py").resolve(), *arguments, RANK="1", PATH="")
     run.join()
     said = Path("output.txt").read_text()
     assert run.exitcode == 0 and "epoch 1/1" in said and "tensorboard --logdir runs" in said, said
-    assert "MINE: added to main.py, but nothing reads it" in said
+    assert "MINE: nothing in main.py reads config.MINE" in said
     record = json.loads(Path("runs/run/constants.json").read_text())
     assert record["git"] == "unknown"
     assert [record["constants"][name] for name in ("EPOCHS", "BACKBONE", "SEED")] == [1, "resnet18", 3]
@@ -367,6 +367,7 @@ def test_what_is_not_gone_on_with(trained):
     refused(ModelError, r"last\.pt: made by an older version")
     record.write_text(record.read_text().replace('"ALPHA"', '"GAMMA"'))
     refused(OptionError, r"runs/run: made by another version of this program; .*: ALPHA, GAMMA")
+    assert "val_iou" in main.main(EVALUATE="runs/run", SPLIT="val", DEVICE="cpu")  # which needs none of that
 
 
 def test_fine_tuning_starts_from_a_checkpoint(trained):

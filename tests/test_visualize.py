@@ -324,7 +324,7 @@ def test_a_folder_that_was_stopped_goes_on_and_its_summary_is_of_all_masks(check
     os.truncate("masks/w.png", 200)  # half a mask is made anew
     Path("masks/x_overlay.jpg").write_bytes(b"half of it")
     run("split", "--pixel-size", 0.5, "--min-area", 2)
-    assert "masks: 1 mask already there; --overwrite" in capsys.readouterr().out
+    assert "masks: 1 mask already there" in capsys.readouterr().out
     assert Path("masks/v.png").stat().st_mtime_ns == held
     rows = summary()
     assert [row["mask"] for row in rows] == [f"masks/{name}.png" for name in "vwxyz"]
@@ -367,6 +367,15 @@ def test_the_command_line_in_a_console_of_few_letters(checkpoint, arguments, sai
         end = error.code
     console.flush()
     assert said in (end or console.buffer.getvalue().decode()) and "\n" not in end
+
+
+def test_closed_streams(checkpoint, monkeypatch):
+    write_images("a.png", "b.png")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, "argv", "visualize.py best.pt a.png b.png --device cpu".split())
+    runpy.run_path(str(ROOT / "visualize.py"), run_name="__main__")
+    assert Path("mask.png").exists()
 
 
 # Where images lie
