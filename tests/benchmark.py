@@ -1,13 +1,14 @@
-"""How fast it is here, beside the same network written the plain way: a table, and a JSON file in runs/.
+"""What a machine can tell about this program: checks, speed and a real run, as a table and a JSON file in runs/.
 
-    python tests/benchmark.py [cpu|cuda] [--quick]
-
-Medians, and the range, of several calls after a warm-up. Nothing is scored: weights and images are noise.
+python tests/benchmark.py [cpu|cuda] [--quick] [--data FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -19,126 +20,88 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-if importlib.util.find_spec("mlflow") is None:  # speed can be measured without
-    sys.modules |= dict.fromkeys(("mlflow", "mlflow.entities", "mlflow.tracking.context.registry"), MagicMock())
+if importlib.util.find_spec("mlflow") is None:  # all this works without
+    sys.modules["mlflow"] = MagicMock()
 import main
+from data.make_demo import make_demo
 from dataset import LEVIRCD, RandomBatches, make_loader
 from losses import CombinedIoULoss
 from metrics import ChangeMetrics
 from model import FusionUNet, autocast, fast_dtype, save_checkpoint
-from visualize import plot_predictions
 
 ROOT = Path(__file__).parent.parent
-FIRST_STEP = """
-import sys, time
-from torch.optim import optimizer
-def stop(*_):
-    print("FIRST STEP", time.time() - float(sys.argv[1]))
-    raise SystemExit
-optimizer.register_optimizer_step_post_hook(stop)
-import main
-main.main(DATA_DIR=sys.argv[2], CACHE_DIR=None, WEIGHTS=None, BATCH_SIZE=1, DEVICE=sys.argv[3])
+WITH_LITTLE_MEMORY = """
+import runpy, sys, torch
+del sys.argv[0]
+torch.cuda.set_per_process_memory_fraction(3e8 / torch.cuda.mem_get_info()[1])
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-class PlainUNet(FusionUNet):
-    """The same network as it is often written: a pass for each date, float32, NCHW, no max-pool, nothing folded."""
-
-    def __init__(self) -> None:
-        super().__init__(weights=None, freeze_backbone=False)
-        self.freeze_backbone = True
-        self.stages.requires_grad_(False)
-
-    def encode(self, images: Tensor) -> list[Tensor]:
-        """Features as `FusionUNet` has them, halved from maps that are twice as fine from stride 4 on."""
-        with torch.no_grad():
-            dates = [self._encode_one(image.contiguous()) for image in images.chunk(2)]
-        return [torch.cat(features) for features in zip(*dates, strict=True)]
-
-    def _encode_one(self, image: Tensor) -> list[Tensor]:
-        layers = [layer for stage in self.stages.values() for layer in stage if not isinstance(layer, nn.MaxPool2d)]
-        features = [nn.Sequential(*layers[:3])(image)]
-        for layer in layers[3:]:
-            features.append(layer(features[-1]))
-        return [features[0], *(F.max_pool2d(feature, 2) for feature in features[1:])]
 
 
 class Table:
     """Rows as they come, for people on the screen and for machines in a file."""
 
     def __init__(self, device: torch.device, quick: bool):
-        self.device, self.repeats = device, 3 if quick else 5
-        self.rows: list[dict[str, object]] = []
+        self.device, self.quick, self.rows = device, quick, []
 
-    def heading(self, text: str) -> None:
-        """A line above some rows."""
-        print(f"\n{text}", flush=True)
-
-    def add(self, name: str, value: float, unit: str, low: float | None = None, high: float | None = None) -> float:
+    def add(self, name: str, value: float | str, unit: str = "", low: float | None = None, high: float | None = None):
         """Print a row and keep it."""
         self.rows.append({"row": name, "value": value, "unit": unit, "low": low, "high": high})
         spread = "" if low is None else f"  ({low:.4g} to {high:.4g})"
-        print(f"  {name:<52} {value:>10.4g} {unit}{spread}", flush=True)
-        return value
+        print(f"  {name:<56} {value if isinstance(value, str) else f'{value:.4g}':>9} {unit}{spread}", flush=True)
 
     def seconds(self, name: str, work: Callable[[], object], repeats: int | None = None) -> float:
         """A row of the median seconds of a call, the device's work included."""
-        times = [self._once(work) for _ in range((repeats or self.repeats) + 1)][1:]
-        return self.add(name, statistics.median(times), "s", min(times), max(times))
+        times = [call_seconds(self.device, work) for _ in range((repeats or (2 if self.quick else 5)) + 1)][1:]
+        self.add(name, statistics.median(times), "s", min(times), max(times))
+        return statistics.median(times)
 
-    def _once(self, work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def check(self, name: str, work: Callable[[], tuple[bool, str]], needs_cuda: bool = False) -> None:
+        """A row that says whether a check passed, and what it saw."""
+        if needs_cuda and self.device.type != "cuda":
+            return self.add(name, "–", "needs CUDA")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                passed, seen = work()
+        except Exception as error:  # one check doesn't end the others
+            passed, seen = False, reason(error)
+        self.add(name, "pass" if passed else "FAIL", seen)
 
 
-def noise(pairs: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch without content."""
-    image_a, image_b = torch.randint(0, 256, (2, pairs, 3, size, size), dtype=torch.uint8, device=device)
-    return image_a, image_b, (torch.rand(pairs, 1, size, size, device=device) < 0.05).byte()
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
 
 
-def write_noise(folder: Path, pairs: int, size: int) -> None:
-    """A split train of noise; val is the same."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(exist_ok=True)
-    (folder / "val").symlink_to("train")  # else a tenth of train would be val
-    for part in ("A", "B", "label"):
-        (folder / "train" / part).mkdir(parents=True)
-        for index in range(pairs):
-            array = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            if part == "label":  # blocks, as in a real mask
-                array = (array[::32, ::32, 0] // 128 * 255).repeat(32, 0).repeat(32, 1)[:size, :size]
-            Image.fromarray(array).save(folder / "train" / part / f"{index}.png")
+def call_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """The seconds that a call takes, the device's work included."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 class Trainer:
     """A training step as in `main.train_one_epoch`, and its parts."""
 
-    def __init__(self, model: FusionUNet, device: torch.device, amp: bool, compiled: bool = False):
-        constants = {name: getattr(main, name) for name in main.TYPES} | {"AMP": amp, "COMPILE": compiled}
+    def __init__(self, model: FusionUNet, device: torch.device, amp: bool, compile_mode: str | None = None):
+        constants = {name: getattr(main, name) for name in main.TYPES} | {"AMP": amp, "COMPILE": False}
         self.config = SimpleNamespace(**constants)
         self.model = model.to(device).train()
-        self.state, _ = main.make_state(self.model, self.config, steps_per_epoch=1)
+        self.state, _ = main.make_state(self.model, self.config, steps_per_epoch=100)
+        if compile_mode:
+            self.state.parallel = torch.compile(self.model, mode=compile_mode)
         self.criterion, self.metrics = CombinedIoULoss(), ChangeMetrics()
         self.autocast = autocast(device, amp)
-        self.precision = str(fast_dtype(device) if amp else torch.float32).removeprefix("torch.")
-
-    def jitter(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
-        """Both dates with colour jitter."""
-        return main.jitter(image_a, image_b, self.config)
 
     def forward(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> Tensor:
         """The loss of a batch."""
@@ -147,218 +110,291 @@ class Trainer:
         self.metrics.update(logits, label)
         return self.criterion(logits, label)
 
-    def step(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> None:
-        """All that a training step does once its batch is on the device."""
-        loss = self.forward(*self.jitter(image_a, image_b), label)
+    def step(self, image_a: Tensor, image_b: Tensor, label: Tensor) -> Tensor:
+        """All that a training step does once its batch is on the device; returns the loss."""
+        loss = self.forward(*main.jitter(image_a, image_b, self.config), label)
         self.model.zero_grad()
         loss.backward()
-        self.update()
-
-    def clip(self) -> None:
-        """Clip the gradient."""
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.CLIP_NORM)
-
-    def update(self) -> None:
-        """Clip the gradient and step both optimizers."""
-        self.clip()
         for optimizer in self.state.optimizers:
             optimizer.step()
-
-    def encode(self, image_a: Tensor, image_b: Tensor) -> list[Tensor]:
-        """The backbone alone."""
-        with self.autocast, torch.no_grad():
-            return self.model.encode(self.model.prepare(image_a, image_b))
+        return loss.detach()
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute something, each about a kernel of a GPU; views and empty tensors aren't."""
-
-    NONE = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "profiler::")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.count += not (operator.is_view or operator.name().startswith(self.NONE))
-        return operator(*args, **kwargs or {})
+def noise(pairs: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch without content."""
+    image_a, image_b = torch.randint(0, 256, (2, pairs, 3, size, size), dtype=torch.uint8, device=device)
+    return image_a, image_b, (torch.rand(pairs, 1, size, size, device=device) < 0.05).byte()
 
 
-def operators(work: Callable[[], object]) -> int:
-    """How many a call launches."""
-    with Operators() as counted:
-        work()
-    return counted.count
+def write_noise(folder: Path, pairs: int) -> None:
+    """A split of noise, 1024 × 1024."""
+    rng = np.random.default_rng(0)
+    for part in ("A", "B", "label"):
+        (folder / part).mkdir(parents=True)
+        for index in range(pairs):
+            array = rng.integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+            array = array if part != "label" else array[..., 0] // 128 * 255
+            Image.fromarray(array).save(folder / part / f"{index}.png")
 
 
-def launches(trainer: Trainer, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, int]:
-    """Operators of a training step, by part; "the step" is all of them."""
-    *images, label = batch
-    trainer.step(*batch)  # there are gradients from here on
-    logits = trainer.state.parallel(*images).detach()
-    step, forward = operators(lambda: trainer.step(*batch)), operators(lambda: trainer.forward(*batch))
-    parts = {
-        "colour jitter": operators(lambda: trainer.jitter(*images)),
-        "backbone": operators(lambda: trainer.encode(*images)),
-        "loss": operators(lambda: trainer.criterion(logits, label)),
-        "metrics": operators(lambda: trainer.metrics.update(logits, label)),
-        "gradient norm": operators(trainer.clip),
-        "Muon": operators(trainer.state.optimizers[0].step),
-        "AdamW": operators(trainer.state.optimizers[1].step),
-    }
-    parts["fusion and decoder, forward"] = forward - sum(parts[name] for name in ("backbone", "loss", "metrics"))
-    parts["backward"] = step - sum(parts.values())
-    return parts | {"the step": step}
-
-
-def steps(table: Table, trainer: Trainer, pairs: int, size: int) -> float:
-    """A training step and its parts; returns its seconds."""
-    table.heading(f"a training step on {pairs} pairs of {size} × {size}, {trainer.precision}")
-    batch = noise(pairs, size, table.device)
-    if table.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    backbone = table.seconds("backbone, forward", lambda: trainer.encode(*batch[:2]))
-    forward = table.seconds("model and loss, forward", lambda: trainer.forward(*batch))
-    table.add("so fusion, decoder and loss, forward", forward - backbone, "s")
-    both = table.seconds("model and loss, forward and backward", lambda: trainer.forward(*batch).backward())
-    table.add("so backward", both - forward, "s")
-    table.seconds("gradient norm, Muon and AdamW", trainer.update)
-    table.seconds("colour jitter, both dates", lambda: trainer.jitter(*batch[:2]))
-    step = table.seconds("the step", lambda: trainer.step(*batch))
-    table.add("pairs a second", pairs / step, "pairs/s")
-    if table.device.type == "cuda":
-        table.add("peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
-    return step
-
-
-def loading(table: Table, folder: Path, pairs: int) -> None:
-    """Loaders of random crops, from the files and from the cache, with one process and with several."""
-    table.heading("the loader alone, random crops of 256 × 256 from images of 1024 × 1024")
-    for kind, cache in (("decoding each time", None), ("from the cache", folder / "cache")):
-        data = LEVIRCD(folder, "train", 256, augment=True, cache_dir=cache)
-        for workers in [0] + [2**power for power in range(6) if 2**power <= os.cpu_count()]:
-            loader = make_loader(data, RandomBatches(len(data), pairs), workers, table.device.type == "cuda")
-            start, end, items = None, 0.0, 0
-            while start is None or end - start < 3:
-                for *_, label in loader:
-                    end = time.perf_counter()
-                    items += len(label) if start else 0
-                    start = start or end  # the workers are up
-            name = f"{kind}, {workers or 'no'} worker{'s' * (workers != 1)}"
-            table.add(name, items / (end - start), "pairs/s")
-
-
-def looping(table: Table, trainer: Trainer, folder: Path, pairs: int) -> None:
-    """The real loop, and what it loses against the bare step."""
-    data = LEVIRCD(folder, "train", 256, augment=True, cache_dir=folder / "cache")
-    loader = make_loader(data, RandomBatches(len(data), pairs), None, table.device.type == "cuda")
-    table.heading(f"the real loop, {loader.num_workers or 'no'} workers")
-
-    def train() -> None:
-        main.train_one_epoch(trainer.state, loader, trainer.criterion, trainer.config, 1, None)
-
-    rate = len(loader) * pairs / table.seconds(f"an epoch of {len(loader)} steps", train, 2)
-    table.add("pairs a second", rate, "pairs/s")
-    batch = noise(pairs, 256, table.device)
-    step = table.seconds("bare steps beside it", lambda: trainer.step(*batch))
-    table.add("slower than these", 100 * (1 - rate * step / pairs), "%")
-
-
-def inference(table: Table, model: FusionUNet, large: tuple[int, int]) -> None:
-    """Whole images, as `predict` takes them."""
-    table.heading(f"prediction, {str(fast_dtype(table.device))[6:]}")
-    image_a, image_b, _ = noise(1, 1024, table.device)
-
-    def encode() -> None:
-        with torch.inference_mode(), autocast(table.device, amp=True):
-            model.encode(model.prepare(image_a, image_b))
-
-    backbone = table.seconds("1024 × 1024, backbone", encode, 3)
-    whole = table.seconds("1024 × 1024, predict", lambda: model.predict(image_a[0], image_b[0]), 3)
-    table.add("so outside the backbone", 100 * (1 - backbone / whole), "%")
-    raster = torch.randint(0, 256, (2, 3, *large), dtype=torch.uint8)
-    seconds = table.seconds(f"{large[1]} × {large[0]}, predict, in tiles", lambda: model.predict(*raster), 1)
-    table.add("pixels a second of it", large[0] * large[1] / seconds / 1e6, "million/s")
-
-
-def ending(table: Table, trainer: Trainer, folder: Path) -> None:
-    """What an epoch's end costs beside validation: the checkpoints, and the picture that few epochs have."""
-    table.heading("an epoch's end, ResNet-50 frozen")
-    model, data = trainer.model, LEVIRCD(folder, "train", 256, cache_dir=folder / "cache")
-
-    def save_last() -> None:
-        states = [optimizer.state_dict() for optimizer in trainer.state.optimizers]
-        save_checkpoint({"model": model.trained_state(), "optimizers": states}, folder / "last.pt")
-
-    def draw() -> None:
-        plot_predictions(model, data, table.device, num_samples=2, path=folder / "picture.png")
-
-    table.seconds("last.pt, each epoch", save_last)
-    table.seconds(
-        "best.pt, after the best epoch so far", lambda: save_checkpoint(model.checkpoint(), folder / "best.pt")
-    )
-    table.seconds("the picture", draw, 2)
-    table.add("last.pt", (folder / "last.pt").stat().st_size / 1e6, "MB")
-
-
-def starting(table: Table, folder: Path) -> None:
-    """From the command to the first step."""
-    table.heading("start-up")
-    write_noise(folder / "small", 2, 128)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    command = [sys.executable, "-c", FIRST_STEP, str(time.time()), str(folder / "small"), table.device.type]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if run.returncode == 0:
-        seconds = float(run.stdout.partition("FIRST STEP")[2].split()[0])
-        table.add("python main.py to the end of the first step", seconds, "s")
-    else:  # such as where there is no MLflow
-        print(f"  python main.py: {run.stderr.splitlines()[-1]}")
-
-
-def benchmark(kind: str, quick: bool) -> None:
-    """All of it."""
-    on_gpu, device = kind == "cuda", torch.device(kind)
-    pairs, table = 64 if on_gpu else 4, Table(device, quick)
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU"
-    machine = f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
-    print(machine, flush=True)
+def new_model(device: torch.device) -> FusionUNet:
+    """An untrained model, the same at each call."""
     torch.manual_seed(0)
+    return FusionUNet(weights=None).to(device, memory_format=torch.channels_last)
+
+
+# Checks: each returns whether it passed, and what it saw
+
+
+def gradients(device: torch.device, amp: bool, largest: float) -> tuple[bool, str]:
+    """The gradients of a step against those on the CPU in float32."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    batch, found = noise(4, 128, torch.device("cpu")), []
+    for where, in_amp in ((torch.device("cpu"), False), (device, amp)):
+        trainer = Trainer(new_model(where), where, in_amp)
+        trainer.forward(*(tensor.to(where) for tensor in batch)).backward()
+        values = [value.grad.flatten() for value in trainer.model.parameters() if value.requires_grad]
+        found.append(torch.cat(values).double().cpu())
     torch.set_float32_matmul_precision("high")
-    batch = noise(pairs, 256, device)
-    table.heading("the plain version: two passes, NCHW, float32, no max-pool, each sample decoded")
-    plain = Trainer(PlainUNet(), device, amp=False)
-    plain_step = table.seconds("its step", lambda: plain.step(*batch), 2)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        starting(table, folder)
-        write_noise(folder, 128 if on_gpu else 4, 1024)
-        data = LEVIRCD(folder, "train", 256, augment=True)
-        decoding = table.seconds("decoding the plain version's batch", lambda: [data[i] for i in range(pairs)], 2)
-        model = FusionUNet(weights=None).to(device, memory_format=torch.channels_last)
-        inference(table, model, (8192, 8192) if on_gpu else (1024, 2048))
-        trainer = Trainer(model, device, amp=True)
-        step = steps(table, trainer, pairs, 256)
-        table.add("the plain version's step takes", plain_step / step, "times as long")
-        table.add("with its decoding", (plain_step + decoding) / step, "times as long")
-        table.heading("operators that a step launches")
-        for name, count in launches(trainer, noise(2, 64, device)).items():
-            table.add(name, count, "operators")
-        loading(table, folder, pairs)
-        looping(table, trainer, folder, pairs)
-        ending(table, trainer, folder)
-        if on_gpu:
-            steps(table, trainer, pairs // 16, 1024)
-            compiled = Trainer(model, device, amp=True, compiled=True)
-            table.seconds("a step with COMPILE=True", lambda: compiled.step(*batch))
-    path = Path("runs", f"benchmark_{kind}.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "quick": quick, "rows": table.rows}, indent=2) + "\n")
-    print(f"\n{path}")
+    torch.backends.cudnn.allow_tf32 = True
+    error = ((found[1] - found[0]).norm() / found[0].norm()).item()
+    return error <= largest, f"relative difference {error:.1e}, {largest:g} allowed"
+
+
+def no_host_wait(device: torch.device) -> tuple[bool, str]:
+    """Twenty steps with an error for each synchronisation."""
+    trainer, batch = Trainer(new_model(device), device, amp=True), noise(4, 128, device)
+    trainer.step(*batch)
+    torch.cuda.set_sync_debug_mode("error")
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.cuda.set_sync_debug_mode, "default")
+        for _ in range(20):
+            trainer.step(*batch)
+    return True, "20 steps"
+
+
+def same_losses(device: torch.device, compile_mode: str | None, largest: float) -> tuple[bool, str]:
+    """The losses of three steps and the weights after them, of two trainings from one seed."""
+    losses, weights = [], []
+    for mode in (None, compile_mode):
+        trainer, batch = Trainer(new_model(device), device, amp=True, compile_mode=mode), noise(4, 128, device)
+        losses.append(torch.stack([trainer.step(*batch) for _ in range(3)]))
+        weights.append(torch.cat([value.detach().flatten() for value in trainer.model.parameters()]))
+    error = ((losses[1] - losses[0]).abs() / losses[0]).max().item()
+    return error <= largest and (largest > 0 or torch.equal(*weights)), f"losses differ by {error:.1e}"
+
+
+def resumed(folder: Path, device: torch.device) -> tuple[bool, str]:
+    """A run that is stopped in its second epoch and resumed, against one that wasn't."""
+    constants = {
+        "DATA_DIR": str(folder / "demo"), "WEIGHTS": None, "BACKBONE": "resnet18", "BATCH_SIZE": 4, "EPOCHS": 2,
+        "DEVICE": str(device), "DETERMINISTIC": True, "CACHE_DIR": str(folder / "cache"),
+    }  # fmt: skip
+    main.main(**constants, RUN_NAME="whole")
+    begin = main.seed_epoch
+
+    def stop_in_second(seed: int, epoch: int) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        begin(seed, epoch)
+
+    with patch.object(main, "seed_epoch", stop_in_second), contextlib.suppress(KeyboardInterrupt):
+        main.main(**constants, RUN_NAME="stopped")
+    main.main(RESUME="runs/stopped", DEVICE=str(device))
+    whole, again = (torch.load(f"runs/{name}/last.pt", weights_only=True)["model"] for name in ("whole", "stopped"))
+    return all(torch.equal(whole[name], again[name]) for name in whole), f"{len(whole)} tensors"
+
+
+def tiles(device: torch.device, height: int, width: int) -> tuple[bool, str]:
+    """Probabilities in tiles of 512 against those in one pass."""
+    model, pair = new_model(device), torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    whole, tiled = (model.predict(*pair, tile_size=size) for size in (2048, 512))
+    error = (whole - tiled).abs()
+    return error.mean().item() < 1e-3, f"{height} × {width}: mean {error.mean():.1e}, largest {error.max():.1e}"
+
+
+def out_of_memory(folder: Path) -> tuple[bool, str]:
+    """The program where a GPU has 0.3 GB."""
+    command = [sys.executable, "-c", WITH_LITTLE_MEMORY, ROOT / "main.py", f"DATA_DIR={folder}/demo", "WEIGHTS=None"]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    last = (run.stderr.strip().splitlines() or ["it ran"])[-1]
+    return last.startswith("error: out of memory: lower") and "Traceback" not in run.stderr, last[:100]
+
+
+def check_all(table: Table, folder: Path) -> None:
+    """All checks."""
+    print("\nchecks")
+    device, height = table.device, 1500 if table.device.type == "cuda" else 700
+    table.check("gradients in float32, as on the CPU", lambda: gradients(device, False, 1e-3), needs_cuda=True)
+    table.check(f"gradients in {str(fast_dtype(device))[6:]}", lambda: gradients(device, True, 0.1))
+    table.check("no host wait in a step", lambda: no_host_wait(device), needs_cuda=True)
+    torch.use_deterministic_algorithms(True)
+    table.check("the same bits twice with DETERMINISTIC", lambda: same_losses(device, None, 0))
+    table.check("RESUME to the bit with DETERMINISTIC", lambda: resumed(folder, device))
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = True
+    table.check("COMPILE gives the same losses", lambda: same_losses(device, "default", 0.02), needs_cuda=table.quick)
+    table.check("prediction in tiles, as in one pass", lambda: tiles(device, height, height - 200))
+    table.check("out of memory ends in one line", lambda: out_of_memory(folder), needs_cuda=True)
+
+
+# Speed
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations a second of a product of two large matrices, in autocast's precision."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=fast_dtype(device))
+    return 2 * size**3 / min(call_seconds(device, lambda: a @ b) for _ in range(6))
+
+
+def steps(table: Table, pairs: int, size: int, compile_mode: str | None = None) -> float:
+    """A training step, its share of the matrix rate and its memory; returns pairs a second, 0 where it fails."""
+    kind = {None: "eager", "default": "COMPILE", "reduce-overhead": "CUDA graphs"}[compile_mode]
+    name, device = f"a step, {pairs} pairs of {size} × {size}, {kind}", table.device
+    batch = noise(pairs, size, device)
+    try:
+        trainer = Trainer(new_model(device), device, amp=True, compile_mode=compile_mode)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = table.seconds(name, lambda: trainer.step(*batch))
+    except Exception as error:  # a mode that doesn't work, or too little memory
+        table.add(name, "–", reason(error))
+        return 0.0
+    table.add("  pairs a second", pairs / seconds, "pairs/s")
+    if compile_mode is None:
+        with FlopCounterMode(display=False) as counter:
+            trainer.step(*batch)
+        share = counter.get_total_flops() / seconds / matrix_rate(device)
+        table.add("  of the rate of a large matrix product", 100 * share, "%")
+        if device.type == "cuda":
+            table.add("  peak memory", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+    return pairs / seconds
+
+
+def loading(table: Table, data: LEVIRCD, pairs: int) -> None:
+    """Loaders of random crops, with one process and with several."""
+    print("\nthe loader alone, random crops of 256 × 256 from images of 1024 × 1024, from the cache")
+    for workers in [0] + [2**power for power in range(5) if 2**power <= os.cpu_count()]:
+        loader = make_loader(data, RandomBatches(len(data), pairs), workers, table.device.type == "cuda")
+        epochs = [call_seconds(table.device, lambda loader=loader: [None for _ in loader]) for _ in range(4)]
+        rate = len(loader) * pairs / min(epochs[1:])  # the first starts the workers
+        table.add(f"{workers or 'no'} worker{'s' * (workers != 1)}", rate, "pairs/s")
+
+
+def waiting(table: Table, data: LEVIRCD, pairs: int) -> None:
+    """What the real loop waits for: the loader, the launches or the arithmetic."""
+    device = table.device
+    loader = make_loader(data, RandomBatches(len(data), pairs), None, device.type == "cuda")
+    print(f"\nwhat the loop waits for, {pairs} pairs of 256 × 256, {loader.num_workers or 'no'} workers")
+    trainer, loading_time = Trainer(new_model(device), device, amp=True), 0.0
+
+    def epoch() -> None:
+        nonlocal loading_time
+        batches, loading_time = iter(loader), 0.0
+        for _ in range(len(loader)):
+            start = time.perf_counter()
+            batch = next(batches)
+            loading_time += time.perf_counter() - start
+            trainer.step(*main.to_device(batch, device))
+
+    wall = table.seconds(f"{len(loader)} steps", epoch, 2)
+    table.add("pairs a second", len(loader) * pairs / wall, "pairs/s")
+    table.add("the loader", 100 * loading_time / wall, "%")
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            epoch()
+            torch.cuda.synchronize()
+        busy = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+        table.add("arithmetic", 100 * busy / wall, "%")
+        table.add("launches, the rest", 100 * max(0.0, 1 - (busy + loading_time) / wall), "%")
+
+
+def ending(table: Table, folder: Path) -> None:
+    """What an epoch's end costs beside validation: the checkpoints."""
+    print("\nan epoch's end")
+    trainer = Trainer(new_model(table.device), table.device, amp=True)
+    trainer.step(*noise(2, 64, table.device))
+    states = [optimizer.state_dict() for optimizer in trainer.state.optimizers]
+    last, best = {"model": trainer.model.trained_state(), "optimizers": states}, trainer.model.checkpoint()
+    table.seconds("last.pt, each epoch", lambda: save_checkpoint(last, folder / "last.pt"))
+    table.seconds("best.pt, after the best so far", lambda: save_checkpoint(best, folder / "best.pt"))
+
+
+def speed(table: Table, folder: Path) -> tuple[int, int]:
+    """All speeds; returns the pairs and the crop of the fastest step."""
+    on_gpu, rates = table.device.type == "cuda", {}
+    print(f"\ntraining steps, {str(fast_dtype(table.device))[6:]}")
+    sizes = [(16, 128), (64, 128), (16, 256), (64, 256)] if on_gpu else [(4, 128), (4, 256)]
+    for pairs, size in sizes:
+        rates[pairs, size] = size**2 * steps(table, pairs, size)
+        for mode in ("default", "reduce-overhead") if on_gpu else ():
+            steps(table, pairs, size, mode)
+    pairs = 64 if on_gpu else 4
+    write_noise(folder / "noise", 128 if on_gpu else 2)
+    data = LEVIRCD(folder, "noise", 256, augment=True, cache_dir=folder / "cache")
+    loading(table, data, pairs)
+    waiting(table, data, pairs)
+    ending(table, folder)
+    print("\nprediction")
+    model, large = new_model(table.device), 10_000 if on_gpu else 2048
+    for side in (1024, large):
+        pair = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+        table.seconds(f"a pair of {side:,} × {side:,}", lambda pair=pair: model.predict(*pair), 1)
+    return max(rates, key=rates.get)
+
+
+def real_run(table: Table, folder: Path, data: str | None, fastest: tuple[int, int]) -> None:
+    """Runs as a user makes them, at the default and at the size of the fastest step."""
+    epochs = 1 if table.quick else 20
+    print(f"\na run of {data or 'the demo'}, {epochs} epochs, untrained backbone")
+    for pairs, size in dict.fromkeys(((main.BATCH_SIZE, main.CROP_SIZE), fastest)):
+        rate = main.LEARNING_RATE * (pairs * size**2 / (main.BATCH_SIZE * main.CROP_SIZE**2)) ** 0.5
+        constants = {"BATCH_SIZE": pairs, "CROP_SIZE": size, "LEARNING_RATE": rate, "EPOCHS": epochs, "WEIGHTS": None}
+        constants |= {"DATA_DIR": data or str(folder / "demo"), "CACHE_DIR": str(folder / "cache")}
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            scores = main.main(**constants, DEVICE=str(table.device), RUN_NAME=f"{pairs}_{size}")
+        name = f"{pairs} pairs of {size} × {size}"
+        table.add(f"{name}, validation IoU", scores["val_iou"])
+        table.add(f"{name}, the whole run", time.perf_counter() - start, "s")
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """All of it."""
+    device, home = torch.device(options.device), Path.cwd()
+    table, on_gpu = Table(device, options.quick), device.type == "cuda"
+    machine = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+        "driver": subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader") if on_gpu else "",
+        "memory": f"{torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB" if on_gpu else "", "cores": os.cpu_count(),
+        "python": platform.python_version(), "torch": torch.__version__, "amp": str(fast_dtype(device))[6:],
+    }  # fmt: skip
+    print(*(f"{name}: {value}" for name, value in machine.items() if value), sep=", ", flush=True)
+    torch.set_float32_matmul_precision("high")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for DETERMINISTIC, read when CUDA starts
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # where the runs go
+            os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+            make_demo(Path(folder, "demo"), splits={"train": 16, "val": 8, "test": 4} if options.quick else None)
+            check_all(table, Path(folder))
+            fastest = speed(table, Path(folder))
+            real_run(table, Path(folder), options.data and str(home / options.data), fastest)
+    finally:
+        os.chdir(home)
+        path = Path("runs", f"benchmark_{device.type}.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"machine": machine, "quick": options.quick, "rows": table.rows}, indent=2) + "\n")
+        print(f"\n{path}")
 
 
 if __name__ == "__main__":
-    kinds = [argument for argument in sys.argv[1:] if argument != "--quick"]
-    if len(kinds) > 1 or not set(kinds) <= {"cpu", "cuda"}:
-        sys.exit("error: give cpu or cuda, and --quick to have it sooner")
-    kind = kinds[0] if kinds else "cuda" if torch.cuda.is_available() else "cpu"
-    benchmark(kind, "--quick" in sys.argv)
+    parser = argparse.ArgumentParser(description="Checks, speed and a real run on this machine.")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("device", nargs="?", choices=("cpu", "cuda"), default=usual)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller calls: two minutes on a CPU")
+    parser.add_argument("--data", metavar="FOLDER", help="a data set for the real run (the demo)")
+    benchmark(parser.parse_args())
