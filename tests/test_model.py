@@ -119,17 +119,15 @@ def test_folding_batchnorm_is_exact(name, remaining):
     assert (folded - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"backbone": "vit_b_16"}, "BACKBONE=vit_b_16: gives no features at stride 4, 8, 32; .*"),
-        ({"backbone": "fcn_resnet50"}, "BACKBONE=fcn_resnet50: unknown; give a torchvision classifier such as .*"),
-        ({"fusion": "sum"}, "FUSION=sum: unknown; there are concatenation, difference, attention"),
-    ],
-)
-def test_unusable_arguments(arguments, message):
-    with pytest.raises(ModelError, match=rf"^{message}\Z"):  # the dot matches no line break
-        FusionUNet(**{"weights": None} | arguments)
+def test_unusable_arguments():
+    messages = {
+        "BACKBONE=vit_b_16: gives no features at stride 4, 8, 32; .*": {"backbone": "vit_b_16"},
+        "BACKBONE=fcn_resnet50: unknown; give a torchvision classifier such as .*": {"backbone": "fcn_resnet50"},
+        "FUSION=sum: unknown; there are concatenation, difference, attention": {"fusion": "sum"},
+    }
+    for message, arguments in messages.items():
+        with pytest.raises(ModelError, match=rf"^{message}\Z"):  # the dot matches no line break
+            FusionUNet(weights=None, **arguments)
 
 
 @pytest.mark.parametrize("fusion", network.FUSIONS)
@@ -241,16 +239,6 @@ def test_weights_of_tiles_add_up_to_one(length):
         assert start == 0 or weight[:64].max() < 1e-5  # where a tile lacks context
         total[start : start + len(weight)] += weight
     torch.testing.assert_close(total, torch.ones(length))
-
-
-def test_tiles_are_no_larger_than_needed():
-    expected = {
-        1025: [(0, 672), (384, 641)],  # (1056 + 256) / 2 = 656, and the next multiple of 32
-        1792: [(0, 1024), (768, 1024)],
-        1824: [(0, 800), (544, 800), (1024, 800)],  # (1824 + 2 × 256) / 3 = 779
-    }
-    for length, tiles in expected.items():
-        assert [(start, len(weight)) for start, weight in network._blending(length, 1024)] == tiles
 
 
 def test_bfloat16_changes_hardly_a_pixel(steep, monkeypatch):

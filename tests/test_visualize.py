@@ -285,12 +285,6 @@ def test_what_cannot_be_is_said_in_a_line_and_changes_nothing(checkpoint, argume
     assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("first", ["a.png", ROOT])
-def test_a_forgotten_checkpoint_is_said(first):
-    with pytest.raises(DataError, match=f"^{first}: not a checkpoint; give CHECKPOINT BEFORE AFTER"):
-        visualize.write_masks(visualize.parse_arguments([str(first), "b.png"]))
-
-
 def test_one_bad_pair_does_not_end_the_others(checkpoint, capsys):
     names = ["x.png", "y.png", "city/z.png", "n" * 246 + ".png"]  # a name for which no overlay has room
     write_images(*[f"split/{folder}/{name}" for folder in "AB" for name in names])
