@@ -395,7 +395,9 @@ def folder_names(text: str) -> list[str]:
 
 
 def images_in(folder: Path, skip: Path | None = None) -> Iterator[str]:
-    """Paths, below the folder, of the images in it and its subfolders, except for hidden and system folders and `skip`.
+    """Paths, below the folder, of the images in it and its subfolders.
+
+    Passed over are hidden and system folders, `skip`, and folders of masks, which hold the summary.csv of visualize.py.
 
     Raises:
         DataError: a folder can't be read, or an image is a link that leads nowhere.
@@ -406,8 +408,9 @@ def images_in(folder: Path, skip: Path | None = None) -> Iterator[str]:
             raise DataError(f"{error.filename}: can't be read ({error.strerror})")
 
     for root, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        visible = [name for name in subfolders if not SYSTEM_FOLDERS.match(name)]
-        subfolders[:] = [name for name in visible if not skip or Path(root, name).resolve() != skip.resolve()]
+        visible = [Path(root, name) for name in subfolders if not SYSTEM_FOLDERS.match(name)]
+        visible = [path for path in visible if not (path / "summary.csv").exists()]
+        subfolders[:] = [path.name for path in visible if not skip or path.resolve() != skip.resolve()]
         for path in (Path(root, name) for name in names if name[0] != "."):
             if path.suffix.lower() in SUFFIXES:
                 if not path.exists():
