@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 FOLDERS = ("A", "B", "label")  # of a split: images before, images after, masks
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
-SYSTEM_FOLDERS = re.compile(r"[.@#$]|__MACOSX|lost\+found|System Volume Information")
+SYSTEM_FOLDERS = re.compile(
+    r"\..*|@eaDir|#recycle|#snapshot|@Recycle|@Recently-Snapshot|\$RECYCLE\.BIN|System Volume Information|__MACOSX"
+)
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GEOTAGS = {33550, 33922, 34264, 34735, 42113, 50844}  # of a TIFF that has a place (OGC 19-008r4), no-data value or RPC
 PILLOW_BANDS = {
@@ -408,7 +410,7 @@ def images_in(folder: Path, skip: Path | None = None) -> Iterator[str]:
             raise DataError(f"{error.filename}: can't be read ({error.strerror})")
 
     for root, subfolders, names in os.walk(folder, onerror=fail, followlinks=True):
-        visible = [Path(root, name) for name in subfolders if not SYSTEM_FOLDERS.match(name)]
+        visible = [Path(root, name) for name in subfolders if not SYSTEM_FOLDERS.fullmatch(name)]
         visible = [path for path in visible if not (path / "summary.csv").exists()]
         subfolders[:] = [path.name for path in visible if not skip or path.resolve() != skip.resolve()]
         for path in (Path(root, name) for name in names if name[0] != "."):
