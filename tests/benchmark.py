@@ -226,7 +226,7 @@ def check_all(table: Table, folder: Path) -> None:
     device, quick = table.device, "not with --quick" if table.quick else ""
     no_cuda = "" if device.type == "cuda" else "needs CUDA"
     table.check("gradients in float32, as on the CPU", lambda: gradients(device, False, 1e-3), no_cuda)
-    table.check(f"gradients in {str(fast_dtype(device))[6:]}", lambda: gradients(device, True, 0.1))
+    table.check(f"gradients in {str(fast_dtype(device))[6:]}", lambda: gradients(device, True, 0.3))
     table.check("no host wait in a step", lambda: no_host_wait(device), no_cuda)
     torch.use_deterministic_algorithms(True)
     table.check("the same bits twice with DETERMINISTIC", lambda: same_losses(device, None, 0))
@@ -298,7 +298,7 @@ def waiting(table: Table, data: LEVIRCD, pairs: int) -> None:
             loading_time += time.perf_counter() - start
             trainer.step(*main.to_device(batch, device))
 
-    wall = table.seconds(f"{len(loader)} steps", epoch, 2)
+    wall = table.seconds(f"{len(loader)} steps", epoch, 1)
     table.add("pairs a second", len(loader) * pairs / wall, "pairs/s")
     table.add("the loader", 100 * loading_time / wall, "%")
     if device.type == "cuda":
@@ -331,14 +331,14 @@ def speed(table: Table, folder: Path) -> tuple[int, int]:
         for mode in ("default", "reduce-overhead") if on_gpu else ():
             steps(table, pairs, size, mode)
     pairs = 64 if on_gpu else 4
-    write_noise(folder / "noise", 128 if on_gpu else 2)
+    write_noise(folder / "noise", 128 if on_gpu else 1)
     data = LEVIRCD(folder, "noise", 256, augment=True, cache_dir=folder / "cache")
     loading(table, data, pairs)
     waiting(table, data, pairs)
     ending(table, folder)
     print("\nprediction")
     model = new_model(table.device)
-    for side in (1024, 10_000 if on_gpu else 1536):
+    for side in (1024,) if table.quick else (1024, 10_000 if on_gpu else 2048):
         pair = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
         table.seconds(f"a pair of {side:,} × {side:,}", lambda pair=pair: model.predict(*pair), 1)
     return max(rates, key=rates.get)
@@ -377,7 +377,7 @@ def benchmark(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)  # where the runs go
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-            make_demo(Path(folder, "demo"), splits={"train": 16, "val": 8, "test": 4} if options.quick else None)
+            make_demo(Path(folder, "demo"), splits={"train": 4, "val": 2, "test": 2} if options.quick else None)
             check_all(table, Path(folder))
             fastest = speed(table, Path(folder))
             real_run(table, Path(folder), options.data and str(home / options.data), fastest)

@@ -92,6 +92,8 @@ def start(script: str, *arguments: object, **environment: str) -> multiprocessin
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
     os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # whoever began the tests may ignore them, as nohup does
     multiprocessing.set_start_method("fork", force=True)  # for the workers of its loaders, as without this server
     os.environ.update(environment)
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
