@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_tiny
+from conftest import ROOT, start, write_tiny
 
 from model import FusionUNet, save_checkpoint
 
@@ -22,20 +22,27 @@ def after_a_run(tmp_path, monkeypatch) -> None:
     """A working folder with the program, the demo's data and a run's checkpoint."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    shutil.copy(ROOT / "visualize.py", "visualize.py")
     write_tiny(Path("data/demo"))
     Path("runs/RUN_NAME").mkdir(parents=True)
     model = FusionUNet(weights=None, backbone="resnet18")
     save_checkpoint(model.checkpoint(), Path("runs/RUN_NAME/best.pt"))
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(script: str, *arguments: str) -> None:
+    """Run a script as `python` would."""
+    process = start(script, *arguments)
+    process.join()
+    assert process.exitcode == 0, Path("output.txt").read_text()
+
+
+def run_block(code: str) -> None:
+    """Run a block of the README."""
+    Path("block.py").write_text(code)
+    run(str(Path("block.py").resolve()))
 
 
 def test_the_notebook(after_a_run):
-    run(sys.executable, "-c", NOTEBOOK)
+    run_block(NOTEBOOK)
     assert Path("results.png").exists()
 
 
@@ -58,10 +65,10 @@ assert "model" not in sys.modules
 
 
 def test_the_exported_model_gives_the_same_logits_without_this_code(after_a_run):
-    run(sys.executable, "-c", EXPORT.rpartition("\n\n")[0])  # what follows needs onnxscript
+    run_block(EXPORT.rpartition("\n\n")[0])  # what follows needs onnxscript
     pairs = [torch.rand(2, n, 3, height, width) for n, height, width in ((1, 64, 64), (3, 33, 47), (2, 320, 100))]
     torch.save(pairs, "pairs.pt")
-    run(sys.executable, "-c", RUN_ELSEWHERE)
+    subprocess.run([sys.executable, "-c", RUN_ELSEWHERE], check=True)
     model = FusionUNet.load("runs/RUN_NAME", "cpu")
     for pair, logits in zip(pairs, torch.load("logits.pt"), strict=True):
         torch.testing.assert_close(logits, model(*pair), atol=1e-5, rtol=1e-5)
@@ -70,7 +77,7 @@ def test_the_exported_model_gives_the_same_logits_without_this_code(after_a_run)
 def test_the_onnx_model_gives_the_same_logits(after_a_run):
     pytest.importorskip("onnxscript", reason="needs onnxscript and onnxruntime")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxscript and onnxruntime")
-    run(sys.executable, "-c", EXPORT)
+    run_block(EXPORT)
     session, pair = onnxruntime.InferenceSession("model.onnx"), torch.rand(2, 3, 3, 256, 256)
     names = [each.name for each in session.get_inputs()]
     (logits,) = session.run(None, dict(zip(names, pair.numpy(), strict=True)))
@@ -83,5 +90,5 @@ def test_the_command_for_masks(after_a_run):
     (command,) = [line for line in COMMANDS if line.startswith("python visualize.py")]
     shutil.copy("data/demo/val/A/pair_0.png", "before.png")
     shutil.copy("data/demo/val/B/pair_0.png", "after.png")
-    run(sys.executable, *command.split()[1:])
+    run(*command.split()[1:])
     assert Path("mask.png").exists() and Path("mask_overlay.jpg").exists()
