@@ -21,17 +21,13 @@ COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) fo
 def after_a_run(tmp_path, monkeypatch) -> None:
     """A working folder with the program, the demo's data and a run's checkpoint."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     write_tiny(Path("data/demo"))
     Path("runs/RUN_NAME").mkdir(parents=True)
-    model = FusionUNet(weights=None, backbone="resnet18")
-    save_checkpoint(model.checkpoint(), Path("runs/RUN_NAME/best.pt"))
+    save_checkpoint(FusionUNet(weights=None, backbone="resnet18").checkpoint(), Path("runs/RUN_NAME/best.pt"))
 
 
 def run(script: str, *arguments: str) -> None:
-    """Run a script as `python` would."""
-    process = start(script, *arguments)
-    process.join()
+    (process := start(script, *arguments)).join()
     assert process.exitcode == 0, Path("output.txt").read_text()
 
 
@@ -52,8 +48,7 @@ def test_the_notebook_shows_its_figure(after_a_run):
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
     nbclient.NotebookClient(notebook).execute()
-    pictures = [output for output in notebook.cells[0].outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 1
+    assert sum("image/png" in output.get("data", {}) for output in notebook.cells[0].outputs) == 1
 
 
 RUN_ELSEWHERE = """
