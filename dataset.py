@@ -366,7 +366,7 @@ def find_split(root: Path, split: str, folders: Sequence[str]) -> list[tuple[Pat
 
 
 def find_pairs(*folders: Path, skip: Path | None = None) -> list[tuple[str, ...]]:
-    """Match the images of several folders by their stems (in Unicode's NFC), which include subfolders.
+    """Match the images of two or three folders by their stems (in Unicode's NFC), which include subfolders.
 
     Args:
         folders: each holds one file of every pair.

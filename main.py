@@ -575,7 +575,8 @@ def from_command_line(arguments: Sequence[str]) -> dict[str, str]:
     if {"-h", "--help", "help"} & set(arguments):
         source = Path(__file__).read_text(encoding="utf-8")
         constants = source[source.index("# DATA\n") : source.index("# The types of the constants")].rstrip()
-        sys.exit(print(f"{__doc__}\n\nThe constants, as they stand in main.py:\n\n{constants}"))
+        print(f"{__doc__}\n\nThe constants in main.py:\n\n{constants}")
+        sys.exit()
     for argument in arguments:
         if "=" not in argument:
             raise OptionError(f"{argument}: give NAME=value; python main.py --help lists the names")

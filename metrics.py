@@ -273,7 +273,7 @@ class ScoreLog:
         """Log the scores of the next epoch, and a picture; `send` passes them to MLflow.
 
         For TensorBoard train and val are two runs, so that it draws both into one chart; all but loss and IoU are under
-        `more/`. Names that begin with neither `train_` nor `val_` stand in metrics.csv and MLflow alone.
+        `more/`. Names that begin with neither `train_` nor `val_` are in metrics.csv and MLflow only.
         """
         self.rows.append({name: float(value) for name, value in row.items()})  # plain numbers, for the checkpoint
         self._write_csv()
@@ -433,10 +433,9 @@ def create_database() -> None:
     mlflow.MlflowClient(f"sqlite:///{part}").search_experiments()
     try:
         os.link(part, file)
-    except FileExistsError:  # another run was first
-        pass
-    except OSError:  # a disk without hard links
-        os.replace(part, file)
+    except OSError:  # another run was first, or the disk has no hard links
+        if not file.exists():
+            os.replace(part, file)
     part.unlink(missing_ok=True)
 
 

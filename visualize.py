@@ -596,9 +596,10 @@ def write_polygons(path: Path, components: np.ndarray, objects: dict[int, dict],
     from rasterio.features import shapes
 
     grid, crs = Affine.identity(), None
-    if place and place.crs and (corner := place.transform):
-        is_known = np.isfinite(_transformed(place.crs, "EPSG:4326", [corner.c], [corner.f])).all()
-        grid, crs = (place.transform, place.crs) if is_known else (grid, None)
+    if place and place.crs and place.transform:
+        x, y = [place.transform.c], [place.transform.f]  # its upper left corner
+        if np.isfinite(_transformed(place.crs, "EPSG:4326", x, y)).all():
+            grid, crs = place.transform, place.crs
     if crs is None:
         print(f"{path}: in pixels, since no reference system gives longitudes and latitudes", flush=True)
     outlines, centres, properties = [], [], []

@@ -374,7 +374,7 @@ def test_unusable_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_muon_agrees_with_torchs(memory_format):
-    """Kernels of several sizes at once, whose gradients may lie in memory in another order than they do."""
+    """Kernels of different sizes at once, whose gradients may lie in memory in another order than they do."""
     torch.manual_seed(0)
     starts = [torch.randn(shape) for shape in ((8, 6, 3, 3), (8, 32, 1, 1), (64, 3, 3, 3), (100, 100, 1, 1))]
     kernels = [nn.Parameter(start.clone().contiguous(memory_format=memory_format)) for start in starts]

@@ -315,7 +315,7 @@ def test_a_folder_that_was_stopped_goes_on_and_its_summary_is_of_all_masks(check
         run("split", "--pixel-size", 0.5, "--min-area", 2)
     assert not Path("masks/summary.csv").exists() and not list(Path("masks").glob("*.part"))
     held = Path("masks/v.png").stat().st_mtime_ns
-    os.truncate("masks/w.png", 200)  # half a mask is made anew
+    os.truncate("masks/w.png", 200)  # half a mask is made again
     Path("masks/x_overlay.jpg").write_bytes(b"half of it")
     run("split", "--pixel-size", 0.5, "--min-area", 2)
     assert "masks: 1 mask already there" in capsys.readouterr().out
