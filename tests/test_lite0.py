@@ -35,10 +35,12 @@ def test_padding_is_tensorflows():
 def test_ablation_trains_each_variant_once(tiny, elsewhere, monkeypatch):
     monkeypatch.setattr(ablation, "BASE", {
         "BACKBONE": "lite0", "WEIGHTS": None, "EPOCHS": 1, "CROP_SIZE": 64, "BATCH_SIZE": 2, "DEVICE": "cpu",
+        "DATA_DIR": str(tiny),
     })  # fmt: skip
-    ablation.train("no weight decay", 0, str(tiny))
+    ablation.train("no weight decay", 0)
     (row,) = ablation.epochs("no weight decay", 0)
-    iou, seconds = float(row["val_iou"]), float(row["seconds"])
-    assert ablation.table().splitlines()[2:] == [f"| no weight decay | 0 | {iou:.3f} | {seconds:.0f} |"]
+    val, train, seconds = (float(row[name]) for name in ("val_iou", "train_iou", "seconds"))
+    (line,) = ablation.table().splitlines()[2:]
+    assert line == f"| no weight decay | 0 | {val:.3f} | {val:.3f} | {train:.3f} | {seconds:.0f} |"
     monkeypatch.delattr(ablation.main, "main")
-    ablation.train("no weight decay", 0, str(tiny))
+    ablation.train("no weight decay", 0)
