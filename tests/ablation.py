@@ -44,8 +44,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 def run_folder(variant: str, seed: int) -> Path:
     """Where main.py writes the run of a variant."""
-    constants = BASE | VARIANTS[variant]
-    name = f"{Path(constants['DATA_DIR']).name}_{constants['EPOCHS']}_{variant}_{seed}"
+    name = f"{Path(BASE['DATA_DIR']).name}_{BASE['EPOCHS']}_{variant}_{seed}"
     return Path("runs", re.sub(r"[^A-Za-z0-9-]+", "_", name))
 
 
@@ -58,13 +57,12 @@ def epochs(variant: str, seed: int) -> list[dict[str, str]]:
 def train(variant: str, seed: int) -> None:
     """Train a variant from the epoch that it has reached; nothing is done if it has finished."""
     folder = run_folder(variant, seed)
-    constants = BASE | VARIANTS[variant]
-    if len(epochs(variant, seed)) == constants["EPOCHS"]:
+    if len(epochs(variant, seed)) == BASE["EPOCHS"]:
         return
     if folder.exists():
-        main.main(RESUME=str(folder))
+        main.main(RESUME=str(folder), DATA_DIR=BASE["DATA_DIR"])
     else:
-        main.main(**constants, SEED=seed, RUN_NAME=folder.name)
+        main.main(**BASE | VARIANTS[variant], SEED=seed, RUN_NAME=folder.name)
 
 
 def table() -> str:
@@ -86,12 +84,15 @@ if __name__ == "__main__":
     if BASE["DATA_DIR"] is None:
         sys.exit("error: set LEVIR_CD_DIR to a folder of real pairs that holds train and val")
     chosen = sys.argv[1:]
-    if chosen and chosen[0].startswith("EPOCHS="):
-        BASE["EPOCHS"] = int(chosen.pop(0).removeprefix("EPOCHS="))
-    chosen = chosen or list(VARIANTS)
-    if unknown := set(chosen) - set(VARIANTS):
-        sys.exit(f"error: {', '.join(unknown)}: no such variant, but {', '.join(VARIANTS)}")
-    for seed in SEEDS:
-        for variant in chosen:
-            train(variant, seed)
-            print(table(), flush=True)
+    try:
+        if chosen and chosen[0].startswith("EPOCHS="):
+            BASE["EPOCHS"] = main.parse("EPOCHS", chosen.pop(0).removeprefix("EPOCHS="))
+        chosen = chosen or list(VARIANTS)
+        if unknown := set(chosen) - set(VARIANTS):
+            sys.exit(f"error: {', '.join(unknown)}: no such variant, but {', '.join(VARIANTS)}")
+        for seed in SEEDS:
+            for variant in chosen:
+                train(variant, seed)
+                print(table(), flush=True)
+    except main.DataError as error:
+        sys.exit(f"error: {error}")
