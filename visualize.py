@@ -117,7 +117,7 @@ def plot_predictions(
         name = name.encode(errors="replace").decode()  # bytes that aren't UTF-8 have no letters
         name = name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}"
         axes_of_row[0].set_ylabel(name, fontsize=8, parse_math=False)
-    num_classes = model.head.out_channels
+    num_classes = model.out_channels
     keys = {name: colour for name, colour in OUTCOMES.items() if num_classes > 1 or name != "wrong class"}
     if num_classes > 1:
         keys |= {f"class {number}": colour for number, colour in enumerate(_class_colours(num_classes)[1:], 1)}
