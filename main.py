@@ -647,7 +647,7 @@ def make_state(model: FusionUNet, config: SimpleNamespace, steps_per_epoch: int)
     rows, steps_taken = [], 0
     if config.RESUME is not None and (path := Path(config.RESUME, "last.pt")).exists():
         last = read_checkpoint(path)
-        if "steps_taken" not in last or last["model"]["head.weight"].shape != model.head.weight.shape:
+        if last["model"].keys() != model.trained_state().keys():
             raise ModelError(f"{path}: made by an older version of this program; resume with that one")
         if not math.isclose(last["backbone"], model.backbone_checksum(), rel_tol=1e-6):
             raise ModelError(f"{path}: trained over another backbone than WEIGHTS={config.WEIGHTS} gives now")

@@ -21,6 +21,7 @@ from dataset import DataError, ImageLike, as_tensor, atomic_write, progress
 
 STRIDES = (2, 4, 8, 16, 32)  # pixels
 CHANNELS = (32, 64, 96, 128, 128)  # trainable channels at each stride
+FEATURE_RMS = (9.4, 10.1, 6.8, 4.1, 1.7)  # of a pretrained backbone's features of noise at each stride, once scaled
 OVERLAP = 256  # pixels by which neighbouring tiles of a large image overlap
 HEADS = 4  # of cross-attention
 BACKBONE_RATE = 0.1  # a trained backbone's share of the learning rate: it is pretrained
@@ -58,17 +59,19 @@ class ConvNormReLU(nn.Sequential):
 class Side(nn.Module):
     """A stage of the small trainable encoder: the previous stage at half the size plus the frozen features.
 
-    This is a ladder beside a frozen network (Sung et al. 2022, arXiv:2206.06522).
+    This is a ladder beside a frozen network (Sung et al. 2022, arXiv:2206.06522). The frozen features are multiplied by
+    a constant, because backbones differ a hundredfold in the scale of theirs.
     """
 
     def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
         super().__init__()
         self.down = nn.Conv2d(finer_channels, out_channels, 3, stride=2, padding=1, bias=False)
         self.narrow = nn.Conv2d(frozen_channels, out_channels, 1, bias=False) if frozen_channels else None
+        self.register_buffer("gain", torch.ones(()))
         self.norm = nn.BatchNorm2d(out_channels)
 
     def forward(self, finer: Tensor, frozen: Tensor | None) -> Tensor:
-        x = self.down(finer) if frozen is None else self.down(finer) + self.narrow(frozen)
+        x = self.down(finer) if frozen is None else self.down(finer) + self.gain * self.narrow(frozen)
         return F.relu(self.norm(x), inplace=True)
 
 
@@ -195,6 +198,8 @@ class FusionUNet(nn.Module):
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
         self.head = nn.Conv2d(c2, 4 * out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: start at 5 % (Lin et al. 2017, arXiv:1708.02002)
+        if weights is not None:
+            self._scale_features()
         if is_checkpoint:
             self._load_checkpoint(file, weights)
         self.train()
@@ -244,6 +249,20 @@ class FusionUNet(nn.Module):
                 x = stage(x)
                 features.append(x.permute(0, 3, 1, 2) if self._channels_last else x)
         return features
+
+    @torch.no_grad()
+    def _scale_features(self) -> None:
+        """Choose the gain of each side so that the features of a fixed image of noise have the RMS `FEATURE_RMS`.
+
+        These are the values of EfficientNet-Lite0, over which the learning rate was chosen. Noise will do: on aerial
+        images its features differ from them by a factor of at most 1.6. An untrained backbone's are left as they are:
+        enlarged, random features drown what the encoder learns.
+        """
+        noise = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+        sides = (self.side2, self.side4, self.side8, self.side16, self.side32)
+        for side, features, rms in zip(sides, self.encode(noise), FEATURE_RMS, strict=True):
+            if features is not None:
+                side.gain = rms / features.square().mean().sqrt()
 
     def train(self, mode: bool = True) -> FusionUNet:
         """Set training mode, but keep a frozen backbone in evaluation mode: its BatchNorm would go on learning."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.models import ResNet50_Weights, resnet18, resnet50
 
 import model as network
 from dataset import DataError
@@ -156,6 +156,21 @@ def test_attention_finds_what_is_elsewhere_in_the_other_date():
     torch.testing.assert_close(mixed[0][0, :2], features[0, :2].flatten(1) + value @ weights.T)
 
 
+def test_the_scale_of_a_backbone_has_no_effect(tmp_path):
+    """A ResNet that starts without biases is linear in scale: a larger first layer makes all its features larger."""
+    weights, pair, logits = resnet18().state_dict(), images(2, 64, 64), []
+    for factor in (1, 0.06, 16):
+        torch.save(weights | {"conv1.weight": factor * weights["conv1.weight"]}, tmp_path / "weights.pt")
+        torch.manual_seed(0)
+        model = FusionUNet(str(tmp_path / "weights.pt"), backbone="resnet18")
+        logits.append(model(*pair))
+        features = model.encode(torch.randn(4, 3, 128, 128))
+        for stride, feature, rms in zip(STRIDES, features, network.FEATURE_RMS, strict=True):
+            scaled = (model.get_submodule(f"side{stride}").gain * feature).numpy()
+            assert np.sqrt(np.square(scaled).mean()) == pytest.approx(rms, rel=0.1)
+    torch.testing.assert_close(logits[1:], 2 * [logits[0]])
+
+
 def test_frozen_means_frozen():
     torch.manual_seed(0)
     model = FusionUNet(weights=None).train()
@@ -167,7 +182,8 @@ def test_frozen_means_frozen():
         model(*images(2, 64, 64)).mean().backward()
         optimizer.step()
     learned = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
-    assert learned == model.trained_state().keys() - {"mean", "std"}
+    constants = {"mean", "std", *(f"side{stride}.gain" for stride in STRIDES)}
+    assert learned == model.trained_state().keys() - constants
     assert not any(name.startswith("stages.") for name in learned)
     assert 2e6 < sum(value.numel() for value in model.parameters() if value.requires_grad) < 3e6
 
@@ -338,7 +354,7 @@ def test_a_checkpoint_gives_the_model_back(tmp_path):
     arguments, pair = {"backbone": "resnet18", "out_channels": 2}, images(2, 64, 64)
     model = FusionUNet(weights=None, **arguments)
     model(*pair)  # moves BatchNorm's statistics
-    model.threshold = 0.25
+    model.threshold, model.side8.gain = 0.25, torch.tensor(3.0)  # as of pretrained features
     network.save_checkpoint(model.eval().checkpoint() | {"more": 1}, tmp_path / "best.pt")
     to_predict = FusionUNet.load(tmp_path, "cpu")  # the folder of a run
     to_train = FusionUNet(str(tmp_path / "best.pt"), **arguments)
