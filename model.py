@@ -60,7 +60,7 @@ class Side(nn.Module):
     """A stage of the small trainable encoder: the previous stage at half the size plus the frozen features.
 
     This is a ladder beside a frozen network (Sung et al. 2022, arXiv:2206.06522). The frozen features are multiplied by
-    a constant, because backbones differ a hundredfold in the scale of theirs.
+    a constant `gain`, because their scale differs from backbone to backbone.
     """
 
     def __init__(self, finer_channels: int, frozen_channels: int, out_channels: int):
@@ -198,10 +198,10 @@ class FusionUNet(nn.Module):
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
         self.head = nn.Conv2d(c2, 4 * out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: start at 5 % (Lin et al. 2017, arXiv:1708.02002)
-        if weights is not None:
-            self._scale_features()
         if is_checkpoint:
             self._load_checkpoint(file, weights)
+        elif weights is not None:
+            self._scale_features()
         self.train()
 
     def forward(self, image_a: Tensor, image_b: Tensor) -> Tensor:
@@ -255,8 +255,8 @@ class FusionUNet(nn.Module):
         """Choose the gain of each side so that the features of a fixed image of noise have the RMS `FEATURE_RMS`.
 
         These are the values of EfficientNet-Lite0, over which the learning rate was chosen. Noise will do: on aerial
-        images its features differ from them by a factor of at most 1.6. An untrained backbone's are left as they are:
-        enlarged, random features drown what the encoder learns.
+        images Lite0's features are 0.6 to 1.4 times as large. An untrained backbone's are left as they are: enlarged,
+        random features drown what the encoder learns.
         """
         noise = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
         sides = (self.side2, self.side4, self.side8, self.side16, self.side32)

