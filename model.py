@@ -67,12 +67,22 @@ class Side(nn.Module):
         super().__init__()
         self.down = nn.Conv2d(finer_channels, out_channels, 3, stride=2, padding=1, bias=False)
         self.narrow = nn.Conv2d(frozen_channels, out_channels, 1, bias=False) if frozen_channels else None
-        self.register_buffer("gain", torch.ones(()))
         self.norm = nn.BatchNorm2d(out_channels)
+        self.gain = 1.0  # a number, not a buffer, so that scaling and adding are one operator
 
     def forward(self, finer: Tensor, frozen: Tensor | None) -> Tensor:
-        x = self.down(finer) if frozen is None else self.down(finer) + self.gain * self.narrow(frozen)
+        x = self.down(finer)
+        if frozen is not None:
+            x = torch.add(x, self.narrow(frozen), alpha=self.gain)
         return F.relu(self.norm(x), inplace=True)
+
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` holds beside weights and buffers: the gain."""
+        return torch.tensor(self.gain)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the gain from a `state_dict`."""
+        self.gain = state.item()
 
 
 class Concatenation(nn.Module):
@@ -262,7 +272,7 @@ class FusionUNet(nn.Module):
         sides = (self.side2, self.side4, self.side8, self.side16, self.side32)
         for side, features, rms in zip(sides, self.encode(noise), FEATURE_RMS, strict=True):
             if features is not None:
-                side.gain = rms / features.square().mean().sqrt()
+                side.gain = (rms / features.square().mean().sqrt()).item()
 
     def train(self, mode: bool = True) -> FusionUNet:
         """Set training mode, but keep a frozen backbone in evaluation mode: its BatchNorm would go on learning."""

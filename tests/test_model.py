@@ -182,7 +182,7 @@ def test_frozen_means_frozen():
         model(*images(2, 64, 64)).mean().backward()
         optimizer.step()
     learned = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
-    constants = {"mean", "std", *(f"side{stride}.gain" for stride in STRIDES)}
+    constants = {"mean", "std", *(f"side{stride}._extra_state" for stride in STRIDES)}
     assert learned == model.trained_state().keys() - constants
     assert not any(name.startswith("stages.") for name in learned)
     assert 2e6 < sum(value.numel() for value in model.parameters() if value.requires_grad) < 3e6
@@ -354,7 +354,7 @@ def test_a_checkpoint_gives_the_model_back(tmp_path):
     arguments, pair = {"backbone": "resnet18", "out_channels": 2}, images(2, 64, 64)
     model = FusionUNet(weights=None, **arguments)
     model(*pair)  # moves BatchNorm's statistics
-    model.threshold, model.side8.gain = 0.25, torch.tensor(3.0)  # as of pretrained features
+    model.threshold, model.side8.gain = 0.25, 3.0  # as of pretrained features
     network.save_checkpoint(model.eval().checkpoint() | {"more": 1}, tmp_path / "best.pt")
     to_predict = FusionUNet.load(tmp_path, "cpu")  # the folder of a run
     to_train = FusionUNet(str(tmp_path / "best.pt"), **arguments)
