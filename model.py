@@ -264,9 +264,8 @@ class FusionUNet(nn.Module):
     def _scale_features(self) -> None:
         """Choose the gain of each side so that the features of a fixed image of noise have the RMS `FEATURE_RMS`.
 
-        These are the values of EfficientNet-Lite0, over which the learning rate was chosen. Noise will do: on aerial
-        images Lite0's features are 0.6 to 1.4 times as large. An untrained backbone's are left as they are: enlarged,
-        random features drown what the encoder learns.
+        These are the values of EfficientNet-Lite0, over which the learning rate was chosen; on aerial images they are
+        0.6 to 1.4 times as large. An untrained backbone isn't scaled: random features would drown the encoder's.
         """
         noise = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
         sides = (self.side2, self.side4, self.side8, self.side16, self.side32)
