@@ -647,7 +647,9 @@ def make_state(model: FusionUNet, config: SimpleNamespace, steps_per_epoch: int)
     rows, steps_taken = [], 0
     if config.RESUME is not None and (path := Path(config.RESUME, "last.pt")).exists():
         last = read_checkpoint(path)
-        if last["model"].keys() != model.trained_state().keys():
+        states = last["model"], model.trained_state()
+        theirs, ours = ({name: value.shape for name, value in state.items()} for state in states)
+        if theirs != ours:
             raise ModelError(f"{path}: made by an older version of this program; resume with that one")
         if not math.isclose(last["backbone"], model.backbone_checksum(), rel_tol=1e-6):
             raise ModelError(f"{path}: trained over another backbone than WEIGHTS={config.WEIGHTS} gives now")

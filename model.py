@@ -151,8 +151,7 @@ class FusionUNet(nn.Module):
 
     A Siamese UNet (Ronneberger et al. 2015, doi:10.1007/978-3-319-24574-4_28; Daudt et al. 2018,
     doi:10.1109/ICIP.2018.8451652) over a torchvision classifier such as ResNet-50 (He et al. 2016,
-    doi:10.1109/CVPR.2016.90), with a small trainable encoder beside it. The head gives four logits at stride 2 for each
-    class, which become the four pixels there (Shi et al. 2016, arXiv:1609.05158).
+    doi:10.1109/CVPR.2016.90), with a small trainable encoder beside it.
 
     There is one logit for each class of change. The logit of "unchanged" is fixed at 0, so the probabilities are a
     softmax over 1 + K logits; with one class, a sigmoid.
@@ -206,7 +205,7 @@ class FusionUNet(nn.Module):
         fusions = [fuse(channels) for fuse, channels in zip(FUSIONS[fusion], CHANNELS, strict=True)]
         self.fuse2, self.fuse4, self.fuse8, self.fuse16, self.fuse32 = fusions
         self.up16, self.up8, self.up4, self.up2 = Up(c32, c16), Up(c16, c8), Up(c8, c4), Up(c4, c2)
-        self.head = nn.Conv2d(c2, 4 * out_channels, 1)
+        self.head = nn.Conv2d(c2, out_channels, 1)
         nn.init.constant_(self.head.bias, -3.0)  # change is rare: start at 5 % (Lin et al. 2017, arXiv:1708.02002)
         if is_checkpoint:
             self._load_checkpoint(file, weights)
@@ -236,8 +235,8 @@ class FusionUNet(nn.Module):
         x = self.up8(x, self.fuse8(s8))  # (N, 96, H/8, W/8)
         x = self.up4(x, self.fuse4(s4))  # (N, 64, H/4, W/4)
         x = self.up2(x, self.fuse2(s2))  # (N, 32, H/2, W/2)
-        x = self.head(x).float()  # (N, 4 * out_channels, H/2, W/2)
-        logits = F.pixel_shuffle(x, 2)  # (N, out_channels, H, W)
+        x = self.head(x).float()  # (N, out_channels, H/2, W/2)
+        logits = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
         return resized(logits, *image_a.shape[-2:])
 
     def prepare(self, image_a: Tensor, image_b: Tensor) -> Tensor:

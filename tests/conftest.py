@@ -113,13 +113,12 @@ def as_torchrun(processes: int) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def killed_runs(tmp_path_factory, tracking_uri):
-    """tests/kill_and_resume.py at work: the process, its output."""
+def killed_runs(tmp_path_factory):
+    """tests/kill_and_resume.py at work, with an MLflow database of its own: the process, its output."""
     output = tmp_path_factory.mktemp("killed") / "output.txt"
     command = [sys.executable, ROOT / "tests" / "kill_and_resume.py", "2"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking_uri}
     with open(output, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     yield process, output
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
