@@ -651,7 +651,7 @@ def make_state(model: FusionUNet, config: SimpleNamespace, steps_per_epoch: int)
         theirs, ours = ({name: value.shape for name, value in state.items()} for state in states)
         if theirs != ours:
             raise ModelError(f"{path}: made by an older version of this program; resume with that one")
-        if not math.isclose(last["backbone"], model.backbone_checksum(), rel_tol=1e-6):
+        if config.FREEZE_BACKBONE and not math.isclose(last["backbone"], model.backbone_checksum(), rel_tol=1e-6):
             raise ModelError(f"{path}: trained over another backbone than WEIGHTS={config.WEIGHTS} gives now")
         model.load_state_dict(model.state_dict() | last["model"])
         for optimizer, state in zip(optimizers, last["optimizers"], strict=True):

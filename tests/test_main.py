@@ -346,6 +346,24 @@ def test_a_run_goes_on_with_more_epochs(trained, capsys):
     assert torch.load("runs/run/best.pt", weights_only=True)["epoch"] == 2
 
 
+def test_a_run_that_trains_the_backbone_goes_on_to_the_bit(trained, monkeypatch):
+    constants, seed_epoch = QUICK | {"DATA_DIR": "tiny", "EPOCHS": 2, "FREEZE_BACKBONE": False}, main.seed_epoch
+    main.main(**constants | {"RUN_NAME": "whole"})
+
+    def stop_before_the_second(seed: int, epoch: int) -> None:
+        if epoch == 2:
+            sys.exit()
+        seed_epoch(seed, epoch)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(main, "seed_epoch", stop_before_the_second)
+        main.main(**constants | {"RUN_NAME": "ended"})
+    main.main(RESUME="runs/ended")
+    ours, theirs = (torch.load(f"runs/{name}/last.pt", weights_only=True)["model"] for name in ("whole", "ended"))
+    assert any(name.startswith("stages.") for name in ours)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_what_is_not_gone_on_with(trained):
     """Each fault is met before those above it."""
 
