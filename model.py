@@ -20,10 +20,10 @@ from torchvision import models
 from dataset import DataError, ImageLike, as_tensor, atomic_write, progress
 
 STRIDES = (2, 4, 8, 16, 32)  # pixels
-CHANNELS = (32, 64, 96, 128, 128)  # trainable channels at each stride
-FEATURE_RMS = (9.4, 10.1, 6.8, 4.1, 1.7)  # of a pretrained backbone's features of noise at each stride, once scaled
+CHANNELS = (32, 64, 96, 128, 128)  # of the trained encoder and decoder at each stride
+FEATURE_RMS = (9.4, 10.1, 6.8, 4.1, 1.7)  # at each stride, to which a pretrained backbone's features are scaled
 OVERLAP = 256  # pixels by which neighbouring tiles of a large image overlap
-HEADS = 4  # of cross-attention
+ATTENTION_HEADS = 4
 BACKBONE_RATE = 0.1  # a trained backbone's share of the learning rate: it is pretrained
 BACKBONES = "give a torchvision classifier such as resnet50, convnext_tiny or swin_t"
 CHECKPOINTS = "give the best.pt of a run"
@@ -33,7 +33,7 @@ class ModelError(RuntimeError):
     """A backbone, weights, a checkpoint or a device that can't be used; the message says what to do."""
 
 
-def resized(images: Tensor, height: int, width: int) -> Tensor:
+def crop_or_pad(images: Tensor, height: int, width: int) -> Tensor:
     """Images (…, H, W) cropped at the right and bottom, or padded there by repeating the last column and row.
 
     It indexes, because `torch.export` would specialise slices and padding to the sizes that it happens to see.
@@ -86,16 +86,16 @@ class Side(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """Concatenates the features of both dates and mixes them by a 3 × 3 convolution, which can learn their order."""
+    """Concatenates the features of both dates and mixes them by a 3 × 3 convolution, which can tell the dates apart."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.mix = ConvNormReLU(2 * channels, channels)
 
     def forward(self, features: Tensor) -> Tensor:
-        dates = features.permute(0, 2, 3, 1).unflatten(0, (2, -1))  # (2, N, h, w, channels)
+        dates = features.unflatten(0, (2, -1)).permute(1, 3, 4, 0, 2)  # (N, h, w, 2, channels)
         # One copy, already in channels_last order: slicing and `cat` take eight times as long on a CPU.
-        return self.mix(dates.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2))
+        return self.mix(dates.flatten(3).permute(0, 3, 1, 2))
 
 
 class Difference(Concatenation):
@@ -119,8 +119,8 @@ class CrossAttention(Concatenation):
     def forward(self, features: Tensor) -> Tensor:
         n, c, h, w = features.shape  # (2N, channels, h, w)
         other = features.roll(len(features) // 2, 0)
-        query = self.query(features).view(n, HEADS, -1, h * w).mT  # (2N, heads, h·w, channels / heads)
-        key, value = self.key_value(other).view(n, 2, HEADS, -1, h * w).mT.unbind(1)
+        query = self.query(features).view(n, ATTENTION_HEADS, -1, h * w).mT  # (2N, heads, h·w, channels / heads)
+        key, value = self.key_value(other).view(n, 2, ATTENTION_HEADS, -1, h * w).mT.unbind(1)
         found = F.scaled_dot_product_attention(query, key, value).mT.reshape(n, c, h, w)
         return super().forward(features + found)
 
@@ -237,7 +237,7 @@ class FusionUNet(nn.Module):
         x = self.up2(x, self.fuse2(s2))  # (N, 32, H/2, W/2)
         x = self.head(x).float()  # (N, out_channels, H/2, W/2)
         logits = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)  # (N, out_channels, H, W)
-        return resized(logits, *image_a.shape[-2:])
+        return crop_or_pad(logits, *image_a.shape[-2:])
 
     def prepare(self, image_a: Tensor, image_b: Tensor) -> Tensor:
         """Both dates normalised, first all A then all B: float (2N, 3, H, W).
@@ -245,7 +245,7 @@ class FusionUNet(nn.Module):
         H and W are enlarged to multiples of 32 by repeating the last column and row, so that each scale halves exactly.
         """
         images, end = torch.cat([image_a, image_b]), STRIDES[-1]
-        images = resized(images, *((length + end - 1) // end * end for length in images.shape[-2:]))
+        images = crop_or_pad(images, *((length + end - 1) // end * end for length in images.shape[-2:]))
         if images.dtype == torch.uint8:
             images = images / 255
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -273,7 +273,7 @@ class FusionUNet(nn.Module):
                 side.gain = (rms / features.square().mean().sqrt()).item()
 
     def train(self, mode: bool = True) -> FusionUNet:
-        """Set training mode, but keep a frozen backbone in evaluation mode: its BatchNorm would go on learning."""
+        """Set training mode; a frozen backbone stays in evaluation mode: no dropout, no BatchNorm that learns."""
         super().train(mode)
         if self.freeze_backbone:
             self.stages.eval()
@@ -389,8 +389,7 @@ class FusionUNet(nn.Module):
 
 def probabilities(logits: Tensor) -> Tensor:
     """The probability of each class of change, (…, K, H, W) as the logits of `FusionUNet`."""
-    unchanged = torch.zeros_like(logits.select(-3, 0).unsqueeze(-3))
-    return torch.cat([unchanged, logits], -3).softmax(-3).narrow(-3, 1, logits.shape[-3])
+    return F.pad(logits, (0, 0, 0, 0, 1, 0)).softmax(-3)[..., 1:, :, :]
 
 
 def _blending(length: int, tile_size: int) -> list[tuple[int, Tensor]]:
@@ -447,21 +446,22 @@ def cut_into_stages(classifier: nn.Module, backbone: str) -> tuple[nn.ModuleDict
     """Split a classifier's layers by the stride of their output.
 
     The layers are the children of its `features` or, where there are none, its own. Each is fed the output of the one
-    before, as long as the output has one of `STRIDES`. Any classifier built as such a chain works.
+    before, as long as the output's stride is one of `STRIDES` or 1, which counts as 2. Any classifier built as such a
+    chain works.
 
     Returns:
-        The layers up to each stride; their output channels at each of `STRIDES`, 0 for none; whether the channels come
-        last, as in a Swin.
+        The layers up to each stride; their output channels at each of `STRIDES`, 0 where there are none; whether the
+        channels come last, as in a Swin.
     """
-    sizes = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}  # of the features of 64 × 96
+    strides = {(64 // stride, 96 // stride): max(stride, 2) for stride in (1, *STRIDES)}  # by the size of the features
     x, stages, channels, channels_last = torch.zeros(1, 3, 64, 96), {}, {2: 0}, False
     classifier.eval()
     for name, layer in getattr(classifier, "features", classifier).named_children():
         try:
             with torch.no_grad():
                 x = layer(x)
-            channels_last = tuple(x.shape[1:3]) in sizes
-            stride = sizes[tuple(x.shape[1:3] if channels_last else x.shape[2:])]
+            channels_last = tuple(x.shape[1:3]) in strides
+            stride = strides[tuple(x.shape[1:3] if channels_last else x.shape[2:])]
         except Exception:  # the chain ends here: this layer expects or returns something else
             break
         stages.setdefault(str(stride), nn.Sequential()).add_module(name, layer)
@@ -569,7 +569,7 @@ def _as_wide_matrix(tensor: Tensor, kernel: Tensor) -> Tensor:
 
 
 def make_optimizers(model: FusionUNet, learning_rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the convolutions of a `FusionUNet` that start untrained, AdamW for everything else that is trained."""
+    """Muon for the convolutions outside the backbone and the head, AdamW for everything else that is trained."""
     kernels, rest, backbone = [], [], []
     for name, value in model.named_parameters():
         if name.startswith("stages."):
